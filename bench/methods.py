@@ -5,10 +5,12 @@
 For each MODEL, `--subsets` disjoint calibrations are cut from TEXT: of n, calibration s has the
 chunks s, s + n, s + 2n, ... of 512 tokens. On each of them MODEL is observed, pruned by every
 method to each number of `--drop`, and measured on chunks spread over EVALUATION and on the embedded
-texts of other domains. `auto` gets the same rows, holds some of them out, observes the others, and
-chooses; what it chose is measured like the rest. All pruned models of one calibration are measured
-in one sweep, as views: nothing is written. The tables have means over the calibrations, and the
-standard errors of these means.
+texts of other domains. `auto` gets the same rows, holds some of them out, observes the others,
+repairs the best criterion and chooses; what it chose is measured like the rest. All pruned models
+of one calibration are measured in one sweep, as views. The tables have means over the calibrations,
+and the standard errors of these means.
+
+`--main-only` numbers of `--drop` get the methods of MAIN alone.
 """
 
 from __future__ import annotations
@@ -20,32 +22,44 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from reap2gguf.artifacts.observations import Observations
-from reap2gguf.artifacts.texts import ObservationRows, Row
+from reap2gguf.artifacts.texts import ObservationRows
 from reap2gguf.calibration.rows import chunk_text
 from reap2gguf.calibration.spec import decide
 from reap2gguf.choosing.holdout import hold_out
-from reap2gguf.choosing.measure import Measurement
-from reap2gguf.choosing.names import CANDIDATES
+from reap2gguf.choosing.measure import Chooser, Measurement
+from reap2gguf.choosing.names import AUTO, CANDIDATES, REPAIRED, criteria_of, split_name
 from reap2gguf.choosing.texts import MeasuredText, held_out_text, other_text, scored_half
 from reap2gguf.evaluating.engine import evaluate_variants
 from reap2gguf.evaluating.figures import perplexity
 from reap2gguf.evaluating.opening import OpenVariants
+from reap2gguf.evaluating.scores import Scores
 from reap2gguf.evaluating.variants import Variant
 from reap2gguf.observing.passes import observe
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
-from reap2gguf.pruning.methods import METHODS
-from reap2gguf.pruning.select import Kept, choose_target, select_experts
+from reap2gguf.pruning.methods import FROM_WEIGHTS, METHODS
+from reap2gguf.pruning.select import Kept, choose_target, keep_best, select_experts
 from reap2gguf.pruning.view import PrunedView
+from reap2gguf.pruning.weight_scores import weight_scores
+from reap2gguf.repairing.limits import repaired_layers
+from reap2gguf.repairing.record import RepairFolder
+from reap2gguf.repairing.sweep import repair
+from reap2gguf.repairing.view import RepairedView
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 
 CHUNK = 512
-AUTO = "auto"
 TEXTS = ("evaluation", "other domain")
+SUM = "weighted_ean_sum"
+MAIN = (
+    *("reap", SUM, "weighted_frequency", "frequency", "ean_sum", "ean_mean", "msan", "mix50"),
+    "aimer",
+)
+Name = tuple[int, str]  # experts dropped, and the method
 
 
 @dataclass
@@ -53,7 +67,7 @@ class Measured:
     """What one calibration gives: by (experts dropped, method) and text, perplexity and mean KL."""
 
     base: dict[str, float] = field(default_factory=dict)  # perplexity of the source, by text
-    found: dict[tuple[int, str], dict[str, tuple[float, float]]] = field(default_factory=dict)
+    found: dict[Name, dict[str, tuple[float, float]]] = field(default_factory=dict)
     chosen: dict[int, str] = field(default_factory=dict)  # by experts dropped
 
 
@@ -75,22 +89,22 @@ class Bench:
         return ObservationRows(path.name, f"subset {subset}", rows)
 
     def observed(self, rows: ObservationRows) -> Observations:
-        model = self.source.model
-        return observe(self.source.weights, model, rows, self.compute, Silent())  # type: ignore[arg-type]
+        return observe(self.source.weights, self.source.model, rows, self.compute, Silent())
 
     def texts(self) -> dict[str, MeasuredText]:
         """Both texts, of which nothing is used to choose but the second one, by `auto`."""
-        path, vocabulary = Path(self.arguments.text), self.source.model.facts.vocab_size
+        path = Path(self.arguments.text)
         chunks = chunk_text(path.read_text(), self.tokenizer, CHUNK, path.name)
         count = min(self.arguments.chunks, len(chunks))
         spread = [chunks[number * len(chunks) // count] for number in range(count)]
         return {
             TEXTS[0]: MeasuredText(path.name, [scored_half(row) for row in spread]),
-            TEXTS[1]: self._other(vocabulary),
+            TEXTS[1]: self.other(),
         }
 
-    def _other(self, vocabulary: int) -> MeasuredText:
+    def other(self) -> MeasuredText:
         calibration = decide(CalibrationOptions(self.arguments.calibration))
+        vocabulary = self.source.model.facts.vocab_size
         found = other_text(None, calibration, self.tokenizer, vocabulary, CHUNK)
         assert found is not None
         return found
@@ -98,54 +112,98 @@ class Bench:
     def run(self, subset: int) -> Measured:
         """All methods on one calibration."""
         rows, found = self.calibration(subset), Measured()
-        kept: dict[tuple[int, str], Kept] = {}
-        seen = self.observed(rows)
-        for drop in self.arguments.drop:
-            for method in METHODS:
-                kept[drop, method] = self.selected(seen, method, drop)
-        split = hold_out(rows)
-        seen = self.observed(split.seen)
-        for drop in self.arguments.drop:
-            method = self.chosen(seen, split.held, drop)
-            found.chosen[drop] = method
-            kept[drop, AUTO] = self.selected(seen, method, drop)
-        self.measure(kept, found)
+        with ExitStack() as stack:
+            views: dict[Name, PrunedView] = {}
+            seen, split = self.observed(rows), hold_out(rows)
+            of_auto = self.observed(split.seen)
+            for drop in self.arguments.drop:
+                methods = MAIN if drop in self.arguments.main_only else METHODS
+                for method in methods:
+                    views[drop, method] = self.view(self.selected(seen, method, drop))
+                best = views[drop, SUM]
+                views[drop, f"{SUM}{REPAIRED}"] = self.repaired(best, rows, stack)
+                name, views[drop, AUTO] = self.chosen(of_auto, split.seen, split.held, drop, stack)
+                found.chosen[drop] = name
+            self.measure(views, found)
         return found
 
+    def view(self, kept: Kept) -> PrunedView:
+        return PrunedView(self.source.weights, self.source.model, kept)
+
     def selected(self, seen: Observations, method: str, drop: int) -> Kept:
-        facts = self.source.model.facts
-        target = choose_target(facts, facts.n_experts - drop, None)
-        return select_experts(seen, method, target, facts)
+        model = self.source.model
+        target = choose_target(model.facts, model.facts.n_experts - drop, None)
+        if method in FROM_WEIGHTS:
+            weights, threads = self.source.weights, self.compute.threads
+            scores = weight_scores(weights, model, method, Silent(), threads)
+            return keep_best(scores, target, model.facts)
+        return select_experts(seen, method, target, model.facts)
 
-    def chosen(self, seen: Observations, held: Sequence[Row], drop: int) -> str:
-        candidates = {name: self.selected(seen, name, drop) for name in CANDIDATES}
-        texts = held_out_text("calibration", held), self._other(self.source.model.facts.vocab_size)
-        weights, model = self.source.weights, self.source.model
-        asked = Measurement(weights, model, candidates, *texts)
-        scores = evaluate_variants(asked.variants, asked.rows, asked.pairs, self.compute, Silent())
-        return asked.choice(scores).chosen
+    def repaired(self, view: PrunedView, rows: ObservationRows, stack: ExitStack) -> PrunedView:
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        files = RepairFolder(folder, "bench")
+        repair(view, rows.rows, "ridge", files, self.compute, Silent())
+        stored = files.open(repaired_layers(view.model))
+        stack.callback(stored.close)
+        return RepairedView(view, stored)
 
-    def measure(self, kept: Mapping[tuple[int, str], Kept], found: Measured) -> None:
+    def chosen(
+        self,
+        seen: Observations,
+        rows: ObservationRows,
+        held: Sequence[np.ndarray],
+        drop: int,
+        stack: ExitStack,
+    ) -> tuple[str, PrunedView]:
+        """What `auto` takes, and the model that it makes."""
+        kept = {name: self.selected(seen, name, drop) for name in criteria_of(CANDIDATES)}
+        texts = held_out_text("calibration", held), self.other()
+        chooser = Chooser(self.source.weights, self.source.model, kept, *texts)
+        made: list[PrunedView] = []
+
+        def repaired(view: PrunedView, _: ExitStack) -> PrunedView:
+            made.append(self.repaired(view, rows, stack))
+            return made[0]
+
+        record, _ = chooser.choose(self.evaluated, repaired)
+        method, is_repaired = split_name(record.chosen)
+        return record.chosen, made[0] if is_repaired else self.view(kept[method])
+
+    def evaluated(self, asked: Measurement) -> Scores:
+        where = self.compute
+        return evaluate_variants(asked.variants, asked.rows, asked.pairs, where, Silent())
+
+    def measure(self, views: Mapping[Name, PrunedView], found: Measured) -> None:
         """Put perplexities and divergences of all pruned models into `found`."""
-        weights, model = self.source.weights, self.source.model
-        variants = [self.source]
-        for (drop, method), experts in kept.items():
-            view = PrunedView(weights, model, experts)
-            variants.append(Variant(f"{drop} {method}", "pruned", view, view.model, 1, 1.0))
+        same = {name: first_alike(views, name) for name in views}
+        names = {name: f"{name[0]} {name[1]}" for name in dict.fromkeys(same.values())}
         texts = self.texts()
-        rows = [row for text in texts.values() for row in text.rows]
-        pairs = [(self.source.name, one.name) for one in variants[1:]]
-        scores = evaluate_variants(variants, rows, pairs, self.compute, Silent())
-        first = 0
+        both = list(texts.values())
+        asked = Measurement(
+            self.source.weights,
+            self.source.model,
+            {text: views[name] for name, text in names.items()},
+            both[0],
+            both[1],
+        )
+        scores, first = self.evaluated(asked), 0
         for name, text in texts.items():
             part = scores.part(first, first + len(text.rows))
             first += len(text.rows)
-            found.base[name] = perplexity(part.variants[self.source.name].nll).value
-            for drop, method in kept:
-                variant = f"{drop} {method}"
+            base = found.base[name] = perplexity(part.variants["source"].nll).value
+            for one in views:
+                variant = names[same[one]]
                 value = perplexity(part.variants[variant].nll).value
-                apart = float(part.divergences[self.source.name, variant].mean())
-                found.found.setdefault((drop, method), {})[name] = value - found.base[name], apart
+                apart = float(part.divergences["source", variant].mean())
+                found.found.setdefault(one, {})[name] = value - base, apart
+
+
+def first_alike(views: Mapping[Name, PrunedView], name: Name) -> Name:
+    """The first of the views with the same experts and weights."""
+    own = views[name]
+    if own.replaced:
+        return name
+    return next(other for other, one in views.items() if not one.replaced and one.kept == own.kept)
 
 
 def mean(values: Sequence[float]) -> str:
@@ -166,9 +224,10 @@ def table(measured: Sequence[Measured], drop: int) -> Iterator[str]:
 
     reap = np.mean(values("reap", TEXTS[0], 0))
     for method in sorted(methods, key=lambda name: float(np.mean(values(name, TEXTS[0], 0)))):
-        name = method
+        name = f"`{method}`"
         if method == AUTO:
-            name = f"**auto** ({', '.join(one.chosen[drop] for one in measured)})"
+            taken = list(dict.fromkeys(one.chosen[drop] for one in measured))
+            name = f"**`auto`** ({', '.join(taken)})"
         cells = [mean(values(method, text, which)) for text in TEXTS for which in (0, 1)]
         share = float(np.mean(values(method, TEXTS[0], 0)) / reap)
         yield f"| {name} | {cells[0]} | {share:.2f} | {' | '.join(cells[1:])} |"
@@ -180,6 +239,7 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", required=True)
     parser.add_argument("--drop", type=int, nargs="+", default=[4, 8, 10])
+    parser.add_argument("--main-only", type=int, nargs="*", default=[])
     parser.add_argument("--subsets", type=int, default=3)
     parser.add_argument("--chunks", type=int, default=64)
     parser.add_argument("--device", default="cpu")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from reap2gguf.api.foreign_recipes import import_recipe, recipe_of
     from reap2gguf.api.imatrices import imatrix_statistics, merge_imatrices, slice_imatrix
     from reap2gguf.api.inspecting import inspect
+    from reap2gguf.api.observations import merge_observations
     from reap2gguf.api.recipes import compare_recipes, recipe_table
     from reap2gguf.api.reporting import report
     from reap2gguf.api.selecting import Selection
@@ -115,6 +116,7 @@ __all__ = [
     "inspect",
     "make_bundle",
     "merge_imatrices",
+    "merge_observations",
     "observe",
     "options_like",
     "plan",
@@ -140,6 +142,7 @@ _HOMES = {
     "api.foreign_recipes": ("import_recipe", "recipe_of"),
     "api.inspecting": ("inspect",),
     "api.recipes": ("compare_recipes", "recipe_table"),
+    "api.observations": ("merge_observations",),
     "api.reporting": ("report",),
     "api.selecting": ("Selection",),
     "api.stages": (

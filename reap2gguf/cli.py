@@ -29,6 +29,7 @@ from reap2gguf.terminal.interrupts import INTERRUPTED, interrupts
 from reap2gguf.terminal.jobs_command import jobs
 from reap2gguf.terminal.local_commands import chat, serve
 from reap2gguf.terminal.mixes_command import mixes
+from reap2gguf.terminal.observations_commands import observations
 from reap2gguf.terminal.publish_commands import push
 from reap2gguf.terminal.recipe_commands import recipes
 from reap2gguf.terminal.report_command import report
@@ -174,21 +175,9 @@ def help_command(ctx: click.Context, words: tuple[str, ...]) -> None:
 
 
 for command in (
-    *(build, plan_command, add, verify, observe, prune, imatrix, quantize, recipes, doctor),
-    *(
-        choose,
-        evaluate,
-        compare,
-        inspect_command,
-        report,
-        bundle,
-        chat,
-        serve,
-        push,
-        example,
-        mixes,
-        jobs,
-    ),
+    *(build, plan_command, add, verify, observe, observations, prune, imatrix, quantize),
+    *(recipes, doctor, choose, evaluate, compare, inspect_command, report, bundle, chat, serve),
+    *(push, example, mixes, jobs),
     help_command,
 ):
     cli.add_command(command)

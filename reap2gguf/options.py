@@ -21,6 +21,7 @@ from reap2gguf.pruning.counts import check_counts
 from reap2gguf.pruning.protection import Protection, read_pinned
 
 MTP_CHOICES = ("prune", "drop")
+REPAIR_CHOICES = ("none", "ridge", "scale")
 IMATRIX_FROM_CHOICES = ("pruned", "source")
 DEQUANTIZE_CHOICES = ("bf16",)
 EVALUATE_CHOICES = ("auto", "always", "never")
@@ -264,8 +265,7 @@ class ComputeOptions:
 class BuildOptions:
     """The arguments of `build` and `plan`."""
 
-    # with a target size, none unless some are named
-    recipes: tuple[str | RecipeText, ...] = _DEFAULT_RECIPES
+    recipes: tuple[str | RecipeText, ...] = _DEFAULT_RECIPES  # with a target size, what is named
     model: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)  # by recipe, in place of its own
     keep_experts: int | None = None
@@ -278,8 +278,10 @@ class BuildOptions:
     protect: str = ""  # LAYER:EXPERT,... that stay whatever they score
     protect_super_experts: bool = False  # whether experts with outliers in their outputs stay
     mtp: str = "prune"  # what to do with a multi-token-prediction block: prune or drop
+    repair: str = "none"  # how the kept experts make up for the others: none, ridge or scale
     dequantize: str | None = None  # type of a quantized source's safetensors; None: as it has them
     calibration: CalibrationOptions = CalibrationOptions()
+    kept: Path | None = None  # a map of the experts that stay, such as `prune` writes
     observations: Path | None = None  # that `observe` wrote: they take the place of that stage
     imatrix: Path | None = None  # .gguf or .dat, in place of the one that would be computed
     imatrix_from: str = "pruned"  # the model whose sums are taken; source: as it is ranked
@@ -292,8 +294,7 @@ class BuildOptions:
     check_space: bool = True  # whether free disk space is checked before the work
     follow_links: bool = False  # whether weights in a folder may be links to any place
     tensor_types: tuple[str, ...] = ()  # PATTERN=TYPE each, before the rules of every recipe
-    # at most one of three: a file whose types are chosen in the build
-    target_size: int | None = None  # bytes of the file
+    target_size: int | None = None  # bytes of a file whose types are chosen in the build
     target_bpw: float | None = None  # bits per weight
     fit: int | None = None  # bytes of a GPU's memory
     fit_context: int | None = None  # tokens that it holds beside the file; None: 8192
@@ -318,6 +319,7 @@ class BuildOptions:
         self._check_choosing()
         read_pinned(self.protect)
         check_choice("mtp", self.mtp, MTP_CHOICES)
+        check_choice("repair", self.repair, REPAIR_CHOICES)
         if self.dequantize is not None:
             check_choice("dequantize", self.dequantize, DEQUANTIZE_CHOICES)
         check_choice("evaluate", self.evaluate, EVALUATE_CHOICES)
@@ -326,7 +328,7 @@ class BuildOptions:
         if self.imatrix_chunks is not None:
             check_number("imatrix_chunks", self.imatrix_chunks, 1)
         object.__setattr__(self, "output", check_path("output", self.output))
-        for name in ("observations", "imatrix", "imatrix_text", "choose_text"):
+        for name in ("kept", "observations", "imatrix", "imatrix_text", "choose_text"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, check_path(name, path))
         for name in ("imatrix", "imatrix_text", "imatrix_chunks"):
@@ -345,17 +347,16 @@ class BuildOptions:
 
     @property
     def protection(self) -> Protection:
-        """The experts that stay whatever they score. Raises UsageError if they are malformed."""
+        """The experts that stay whatever they score."""
         return Protection(read_pinned(self.protect), self.protect_super_experts)
 
     def _check_choosing(self) -> None:
         """Candidates by name; refuse what has no effect without `auto`."""
         if self.candidates is not None:
             object.__setattr__(self, "candidates", check_candidates(self.candidates))
-        for name in ("candidates", "choose_text"):
-            if self.method != AUTO and getattr(self, name) is not None:
-                option = name.replace("_", "-")
-                raise UsageError(f"--{option} is for --method auto; pass it, or leave this out")
+        for name in ("candidates", "choose_text") if self.method != AUTO else ():
+            if getattr(self, name) is not None:
+                raise UsageError(f"{name} is for the method auto; pass it, or leave this out")
 
 
 @dataclass(frozen=True)

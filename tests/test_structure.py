@@ -49,12 +49,23 @@ COVERED_BY = [
         "which observations rank candidates",
         ("choosing/checks.py",),
     ),
+    (
+        "choosing/test_repaired_candidate.py",
+        "the candidate that is repaired",
+        ("choosing/repaired.py",),
+    ),
+    (
+        "building/test_repair_stage.py",
+        "what a bundle records",
+        ("building/repair_record.py",),
+    ),
+    ("repairing/test_record.py", "files of layers hold them", ("repairing/fit.py",)),
     ("choosing/test_holdout.py", "how many rows are held out", ("choosing/amounts.py",)),
     ("bundle/test_choice.py", "records hold estimates", ("bundle/estimate.py",)),
     (
         "building/test_choose_stage.py",
-        "both cards of a bundle whose method was chosen",
-        ("bundle/card_candidates.py",),
+        "cards and manifest of a bundle whose method was chosen",
+        ("bundle/card_candidates.py", "verifying/choice.py"),
     ),
     (
         "terminal/test_choose_command.py",
@@ -106,6 +117,11 @@ COVERED_BY = [
         ("api/reporting.py",),
     ),
     (
+        "building/test_pipeline.py",
+        "every build reads its texts",
+        ("building/plan_sides.py", "building/text_stage.py"),
+    ),
+    (
         "repairing/test_gram.py",
         "the Gram matrix is made of features",
         ("repairing/features.py",),
@@ -114,6 +130,16 @@ COVERED_BY = [
         "repairing/test_sweep.py",
         "what is captured and how it is stored, for every family",
         ("repairing/capture.py", "repairing/stored.py"),
+    ),
+    (
+        "building/test_repair_folder.py",
+        "folders that are pruned and repaired",
+        ("api/repairs.py",),
+    ),
+    (
+        "building/test_repair_stage.py",
+        "whole bundles with a repair: their cards, and what is wrong with changed ones",
+        ("bundle/card_repair.py", "verifying/repaired.py"),
     ),
     (
         "observing/test_loader.py",
@@ -195,7 +221,10 @@ COVERED_BY = [
     (
         "test_docs.py",
         "every error is drawn, every option is documented",
-        ("errors.py", "terminal/click_options.py", "terminal/compute_options.py"),
+        (
+            "errors.py", "terminal/click_options.py", "terminal/compute_options.py",
+            "terminal/pruning_options.py",
+        ),
     ),
     (
         "test_doctor.py",
@@ -224,7 +253,7 @@ COVERED_BY = [
         "building/test_pipeline.py",
         "the parts of a build, which is compared byte by byte",
         (
-            "building/plan.py", "building/prune_folder.py",
+            "building/asked.py", "building/plan.py", "building/prune_folder.py",
             "building/record.py", "building/stages.py", "options.py", "terminal/views.py",
         ),
     ),
@@ -350,9 +379,15 @@ COVERED_BY = [
     (
         "test_api.py",
         "the functions as they are called",
-        ("api/builds.py", "api/opening.py", "api/selecting.py", "api/stages.py",
+        (
+            "api/builds.py", "api/opening.py", "api/selecting.py", "api/stages.py",
             "hub/opened.py",
-       ),
+        ),
+    ),
+    (
+        "terminal/test_observations_commands.py",
+        "files are merged and shown as it is typed",
+        ("api/observations.py", "terminal/observations_views.py"),
     ),
     (
         "terminal/test_inspect_command.py",
@@ -554,10 +589,12 @@ NOT_DECLARED = {
 FOR_TESTS = ("test", "fuzz")
 FOR_DOCS = ("docs",)
 NOT_IMPORTED = {
-    "ik-llama-cpp-python": "its library is found, and runs in a process of its own",
+    "ik-llama-cpp-python": "its library is loaded by ctypes, in processes of its own",
     "libggml-python": "its library is loaded by ctypes, after a search without an import",
     "flash-linear-attention": "transformers imports it where it is installed",
 }
+# of distributions that need not be installed: their modules have other names
+OF_MODULES = {"ik_llama_cpp": "ik-llama-cpp-python"}
 COMMANDS = {
     "ruff",
     "mypy",
@@ -740,7 +777,8 @@ def used(paths: list[Path]) -> dict[str, str]:
     found = {}
     for path in paths:
         for module in {full.partition(".")[0] for full in imported(path)} - own:
-            distributions = names.get(module, [module])  # the module's name if it is not installed
+            # the module's name if it is not installed
+            distributions = names.get(module, [OF_MODULES.get(module, module)])
             found[canonical(distributions[0])] = str(path.relative_to(REPOSITORY))
     return found
 

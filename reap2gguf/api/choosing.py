@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
-from reap2gguf.choosing.names import check_candidates
+from reap2gguf.choosing.names import BEST_REPAIRED, check_candidates, criteria_of, split_name
 from reap2gguf.machine import processes
 from reap2gguf.options import (
     MTP_CHOICES,
@@ -34,11 +35,14 @@ if TYPE_CHECKING:
     from reap2gguf.bundle.choice import ChoiceRecord
     from reap2gguf.calibration.scanned_files import ScannedFiles
     from reap2gguf.calibration.spec import Calibration
+    from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.choosing.holdout import Split
-    from reap2gguf.choosing.measure import Measurement
+    from reap2gguf.choosing.measure import Chooser, Measurement
     from reap2gguf.choosing.texts import MeasuredText
+    from reap2gguf.evaluating.scores import Scores
     from reap2gguf.hub.opened import OpenModel
     from reap2gguf.progress import Progress
+    from reap2gguf.pruning.view import PrunedView
 
 FORMAT = 1
 
@@ -47,12 +51,13 @@ FORMAT = 1
 class Choice:
     """The method that was taken, the experts that it keeps, and what was measured."""
 
-    method: str
+    method: str  # the criterion
+    is_repaired: bool  # whether the best candidate is that with its kept experts repaired
     n_experts: int  # per layer, before
     n_kept: int  # per layer, after
     kept: Mapping[int, tuple[int, ...]]  # layer -> ids of the experts in the source, ascending
     record: ChoiceRecord  # all candidates, with what each costs
-    seconds: Mapping[str, float]  # what "observing" and "measuring" took
+    seconds: Mapping[str, float]  # of "observing", of "measuring", and of each repair by candidate
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -80,12 +85,13 @@ def choose(
     """Measure which method of pruning MODEL to a number of experts costs least.
 
     One row in eight of the calibration is held out, and the others are observed. Then the pruned
-    models of all `candidates` (names of methods; None: the usual ones) are measured in one sweep,
+    models of all `candidates` (names of criteria; None: the usual ones) are measured in one sweep,
     on the rows that were held out and on a `text` of another domain; by default one that travels
-    with the package. `observations` is a file where the observations are kept: one that is there is
-    used, if it is of the same rows. Protected experts stay, whatever a candidate says. `output` is
-    a JSON file to write; with it an interrupted call resumes. Nothing is pruned: `prune` does that
-    with the observations and the method, and `build` with the method "auto" does it all.
+    with the package. With "best+repair" among them, the best one is repaired and measured again.
+    `observations` is a file where the observations are kept: one that is there is used, if it is of
+    the same rows. Protected experts stay, whatever a candidate says. `output` is a JSON file to
+    write; with it an interrupted call resumes. Nothing is pruned: `prune` does that with the
+    observations and the method, and `build` with the method "auto" does it all.
 
     Raises CalibrationError, ObservationError, EvaluationError, ArtifactError for observations of
     other rows, UsageError, OutputError, and what opening a model raises.
@@ -99,7 +105,7 @@ def choose(
     asked = _Asked.of(calibration, text, output, observations)
     with open_named(model, shown, mtp == "prune", follow_links) as opened:
         from reap2gguf.choosing.candidates import kept_by
-        from reap2gguf.choosing.measure import Measurement
+        from reap2gguf.choosing.measure import Chooser
         from reap2gguf.pruning.protection import protected_experts
         from reap2gguf.pruning.select import choose_target
 
@@ -112,13 +118,14 @@ def choose(
         seen = asked.observed(opened, split.seen, compute, shown)
         observing = time.monotonic()
         protected = protected_experts(protection, seen, target, facts).all
-        kept = kept_by(names, seen, target, facts, protected)
-        measured = Measurement(opened.checkpoint, opened.model, kept, held_out, other)
-        record = asked.chosen(measured, opened.checkpoint.fingerprint(), compute, shown)
-        seconds = {"observing": observing - begun, "measuring": time.monotonic() - observing}
-    found = Choice(
-        record.chosen, target.n_experts, target.n_kept, kept[record.chosen], record, seconds
-    )
+        kept = kept_by(criteria_of(names), seen, target, facts, protected)
+        chooser = Chooser(opened.checkpoint, opened.model, kept, held_out, other)
+        repairs = split.seen if BEST_REPAIRED in names else None
+        record, seconds = asked.chosen(chooser, opened.checkpoint, repairs, compute, shown)
+        seconds |= {"observing": observing - begun, "measuring": time.monotonic() - observing}
+    method, is_repaired = split_name(record.chosen)
+    counts = target.n_experts, target.n_kept
+    found = Choice(method, is_repaired, *counts, kept[method], record, seconds)
     asked.write(found)
     return found
 
@@ -219,19 +226,49 @@ class _Asked:
 
     def chosen(
         self,
-        asked: Measurement,
-        fingerprint: str,
+        chooser: Chooser,
+        checkpoint: Checkpoint,
+        repairs: ObservationRows | None,
         compute: ComputeOptions,
         progress: Progress,
-    ) -> ChoiceRecord:
-        """The best of several candidates; `fingerprint` is that of the model."""
+    ) -> tuple[ChoiceRecord, dict[str, float]]:
+        """The best candidate, and the seconds of a repair on the rows `repairs`; None: of none."""
+        from reap2gguf.choosing.repaired import why_not_repaired
         from reap2gguf.evaluating.engine import evaluate_variants
         from reap2gguf.evaluating.scoring import key_of, rows_sha256
 
-        key = key_of(fingerprint, list(asked.kept.items()), rows_sha256(asked.rows))
-        where = self.resuming(compute, key)
-        scores = evaluate_variants(asked.variants, asked.rows, asked.pairs, where, progress)
-        return asked.choice(scores)
+        fingerprint = checkpoint.fingerprint()
+
+        def evaluate(asked: Measurement) -> Scores:
+            kept = [(name, sorted(view.kept.items())) for name, view in asked.views.items()]
+            key = key_of(fingerprint, kept, rows_sha256(asked.rows))
+            where = self.resuming(compute, key)
+            return evaluate_variants(asked.variants, asked.rows, asked.pairs, where, progress)
+
+        if repairs is not None and (
+            why := why_not_repaired(checkpoint, chooser.model, len(repairs.rows))
+        ):
+            progress.note(why)
+            repairs = None
+        if repairs is None:
+            return chooser.choose(evaluate, None)
+        rows = repairs
+        with self._folder() as folder:
+            return chooser.choose(
+                evaluate,
+                lambda view, stack: _repaired(
+                    view, stack, rows, folder, fingerprint, self.resuming(compute, ""), progress
+                ),
+            )
+
+    @contextmanager
+    def _folder(self) -> Iterator[Path]:
+        """Where the files of a repair lie: beside the output, so that it resumes, or for now."""
+        if self.output is None:
+            with TemporaryDirectory(prefix="reap2gguf-") as folder:
+                yield Path(folder)
+        else:
+            yield self.output.with_name(f"{self.output.name}.state-repair")
 
     def resuming(self, compute: ComputeOptions, key: str) -> ComputeOptions:
         """Keep the progress between layers beside the output."""
@@ -255,3 +292,29 @@ class _Asked:
 def _output(path: PathLike) -> Path:
     """A file to write: the first process checks that it can."""
     return output_file(path) if processes().is_first else check_path("output", path)
+
+
+def _repaired(
+    view: PrunedView,
+    stack: ExitStack,
+    rows: ObservationRows,
+    folder: Path,
+    fingerprint: str,
+    compute: ComputeOptions,
+    progress: Progress,
+) -> PrunedView:
+    """The repaired model of a view; its files lie in a folder, and are open with the stack."""
+    from reap2gguf.evaluating.scoring import key_of
+    from reap2gguf.repairing.limits import repaired_layers
+    from reap2gguf.repairing.record import RepairFolder
+    from reap2gguf.repairing.sweep import repair
+    from reap2gguf.repairing.view import RepairedView
+
+    key = key_of(fingerprint, sorted(view.kept.items()), rows.sha256, compute.likely_dtype)
+    files = RepairFolder(folder, key)
+    resume = compute.resume
+    if resume is not None:
+        compute = replace(compute, resume=replace(resume, key=key))
+    repair(view, rows.rows, "ridge", files, compute, progress)
+    stored = stack.enter_context(closing(files.open(repaired_layers(view.model))))
+    return RepairedView(view, stored)

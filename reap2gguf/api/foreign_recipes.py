@@ -59,7 +59,7 @@ def import_recipe(
     that decide nothing are left out. `base` names the file type or recipe for tensors that no rule
     matches, in place of the text's. `output` is a .toml file to write.
 
-    Raises RecipeError for a text that says no recipe, and for types that only ik_llama.cpp has;
+    Raises RecipeError for a text that says no recipe, and for types that cannot be written;
     UsageError, OutputError, and what opening a model raises.
     """
     from reap2gguf.importing.foreign import read_foreign, text_of_file

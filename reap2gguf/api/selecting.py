@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.machine import available_threads
-from reap2gguf.options import check_bool, check_choice
-from reap2gguf.pruning.methods import METHODS
+from reap2gguf.options import check_bool, check_choice, check_path
+from reap2gguf.pruning.methods import GIVEN, METHODS
 from reap2gguf.pruning.protection import Protection, read_pinned
 
 if TYPE_CHECKING:
@@ -40,22 +40,20 @@ class Wanted:
     keep_experts: int | None
     compression: float | None
     method: str
-    protection: Protection
+    protect: str
+    protect_super_experts: bool
+    kept: Mapping[int, Sequence[int]] | PathLike | None
 
-    @classmethod
-    def of(
-        cls,
-        keep_experts: int | None,
-        compression: float | None,
-        method: str,
-        protect: str,
-        protect_super_experts: bool,
-    ) -> Wanted:
+    def __post_init__(self) -> None:
         """Raises UsageError for what no model can have."""
-        check_choice("method", method, METHODS)
-        check_bool("protect_super_experts", protect_super_experts)
-        protection = Protection(read_pinned(protect), protect_super_experts)
-        return cls(keep_experts, compression, method, protection)
+        check_choice("method", self.method, METHODS)
+        check_bool("protect_super_experts", self.protect_super_experts)
+        read_pinned(self.protect)
+
+    @property
+    def protection(self) -> Protection:
+        """The experts that stay whatever they score."""
+        return Protection(read_pinned(self.protect), self.protect_super_experts)
 
 
 def chosen(
@@ -71,6 +69,8 @@ def chosen(
     from reap2gguf.pruning.select import choose_target, keep_best, select_experts
     from reap2gguf.pruning.weight_scores import weight_scores
 
+    if wanted.kept is not None:
+        return _given(opened, observations, wanted, wanted.kept)
     method, facts = wanted.method, opened.model.facts
     check_needs_observations(method, observations)
     target = choose_target(facts, wanted.keep_experts, wanted.compression)
@@ -85,6 +85,28 @@ def chosen(
         kept = select_experts(seen, method, target, facts, found.all)
         notes = [*selection_notes(seen, kept), *notes]
     return Selection(method, target.n_experts, target.n_kept, kept, tuple(notes), found.all)
+
+
+def _given(
+    opened: OpenModel,
+    observations: Observations | PathLike | None,
+    wanted: Wanted,
+    kept: Mapping[int, Sequence[int]] | PathLike,
+) -> Selection:
+    """The experts that the user named."""
+    from reap2gguf.building.given_kept import (
+        check_kept_map,
+        read_kept_map,
+        refuse_beside_kept,
+    )
+
+    refuse_beside_kept(wanted, observations)
+    facts = opened.model.facts
+    if isinstance(kept, Mapping):
+        found = check_kept_map(kept, facts, "kept")
+    else:
+        found = dict(read_kept_map(check_path("kept", kept), facts).kept)
+    return Selection(GIVEN, facts.n_experts, len(found[facts.moe_layers[0]]), found)
 
 
 def _observations(opened: OpenModel, observations: Observations | PathLike) -> Observations:

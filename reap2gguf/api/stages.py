@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
 from reap2gguf.api.peers import Peers
+from reap2gguf.api.repairs import repaired_model
 from reap2gguf.api.selecting import Selection, Wanted, chosen
 from reap2gguf.errors import OutputError, UsageError
 from reap2gguf.machine import processes
 from reap2gguf.options import (
     DEQUANTIZE_CHOICES,
     MTP_CHOICES,
+    REPAIR_CHOICES,
     CalibrationOptions,
     CheckQuants,
     ComputeOptions,
@@ -126,18 +128,20 @@ def select(
     method: str = "reap",
     protect: str = "",
     protect_super_experts: bool = False,
+    kept: Mapping[int, Sequence[int]] | PathLike | None = None,
     mtp: str = "prune",
     follow_links: bool = False,
 ) -> Selection:
     """Choose the experts to keep by a criterion over observations; nothing is written.
 
     Methods that rank experts by their weights alone take no observations. `protect` names experts
-    that stay whatever they score, such as "3:17,*:5-8" (layer:expert). Raises ArtifactError if the
-    observations are of another model, UsageError for a number of experts that the model cannot run
-    with, and for protected experts that do not exist or fit.
+    that stay whatever they score, such as "3:17,*:5-8" (layer:expert). `kept` names all experts
+    that stay, by layer or in a file such as `prune` writes, in place of every choice. Raises
+    ArtifactError if observations or `kept` are of another model, UsageError for a number of experts
+    that the model cannot run with, and for protected experts that do not exist or fit.
     """
     check_choice("mtp", mtp, MTP_CHOICES)
-    wanted = Wanted.of(keep_experts, compression, method, protect, protect_super_experts)
+    wanted = Wanted(keep_experts, compression, method, protect, protect_super_experts, kept)
     with open_named(model, Silent(), mtp == "prune", follow_links) as opened:
         return chosen(opened, observations, wanted, Silent())
 
@@ -152,7 +156,11 @@ def prune(
     method: str = "reap",
     protect: str = "",
     protect_super_experts: bool = False,
+    kept: Mapping[int, Sequence[int]] | PathLike | None = None,
     mtp: str = "prune",
+    repair: str = "none",
+    calibration: CalibrationOptions | None = None,
+    compute: ComputeOptions | None = None,
     dequantize: str | None = None,
     follow_links: bool = False,
     progress: ProgressLike = None,
@@ -160,15 +168,20 @@ def prune(
     """Write MODEL without the experts that matter least, as a verified safetensors folder.
 
     Quantized weights stay as they are stored, unless `dequantize` is "bf16". `observations` is None
-    for methods that rank experts by their weights alone. Raises what `select` raises, OutputError
-    if the folder exists or cannot be written, and VerificationError if what was written is not what
-    was planned.
+    for methods that rank experts by their weights alone, and with `kept`. A repair, "ridge" or
+    "scale", fits the kept experts on the calibration text, and `compute` says where; an interrupted
+    one resumes from `.OUTPUT.repair`, a folder beside the output. Raises what `select` raises,
+    CalibrationError, ObservationError, OutputError if the folder exists or cannot be written, and
+    VerificationError if what was written is not what was planned.
     """
     output, shown = output_path(output), to_progress(progress)
     check_choice("mtp", mtp, MTP_CHOICES)
+    check_choice("repair", repair, REPAIR_CHOICES)
     if dequantize is not None:
         check_choice("dequantize", dequantize, DEQUANTIZE_CHOICES)
-    wanted = Wanted.of(keep_experts, compression, method, protect, protect_super_experts)
+    wanted = Wanted(keep_experts, compression, method, protect, protect_super_experts, kept)
+    options = given_or_new("calibration", calibration, CalibrationOptions)
+    compute = given_or_new("compute", compute, ComputeOptions)
     with open_named(model, shown, mtp == "prune", follow_links) as opened:
         if output.exists():
             raise OutputError(f"{output}: exists already; pass another output or move it away")
@@ -176,12 +189,18 @@ def prune(
         for line in selection.notes:
             shown.note(line)
         from reap2gguf.building.prune_folder import prune_to_folder
+        from reap2gguf.pruning.view import PrunedView
 
-        checkpoint, name = opened.checkpoint, opened.source.label
+        checkpoint, source = opened.checkpoint, opened.model
         if dequantize is not None:
             checkpoint = checkpoint.dequantized()
-        where = output, shown, name, selection.protected
-        prune_to_folder(checkpoint, opened.model, selection.kept, method, *where)
+        pruned = PrunedView(checkpoint, source, selection.kept)
+        where = output, shown, opened.source.label, selection.protected
+        if repair == "none":
+            prune_to_folder(checkpoint, source, pruned, selection.method, *where)
+        else:
+            with repaired_model(opened, pruned, output, (repair, options, compute), shown) as made:
+                prune_to_folder(checkpoint, source, made[0], selection.method, *where, made[1])
     return PruneResult(output, selection)
 
 

@@ -51,7 +51,7 @@ def chosen_experts(run: Run, seen: Observations | None) -> Kept:
 
 def protected_of(plan: Plan, seen: Observations | None) -> ProtectedExperts:
     """The experts that stay whatever they score. Raises what `protected_experts` raises."""
-    if not plan.target.prunes:
+    if not plan.target.prunes or plan.given_kept is not None:
         return ProtectedExperts()
     return protected_experts(plan.options.protection, seen, plan.target, plan.model.facts)
 
@@ -71,6 +71,8 @@ def _without_weights(plan: Plan, seen: Observations | None) -> Kept | None:
     """The experts that stay, unless they are ranked by their weights."""
     if not plan.target.prunes:
         return dict.fromkeys(plan.model.facts.moe_layers, tuple(range(plan.target.n_kept)))
+    if plan.given_kept is not None:
+        return plan.given_kept.kept
     if is_from_weights(plan.method):
         return None
     assert seen is not None

@@ -186,10 +186,13 @@ def given_imatrix(
     Raises what `read_imatrix` and `imatrix_of` raise, and UsageError if no pass would take sums.
     """
     of = facts.n_experts, facts.mtp_layer
-    if options.imatrix_from == "source" and is_from_weights(options.method):
+    way = f"--method {options.method} ranks the experts by their weights"
+    if options.kept is not None:
+        way = "--kept names the experts"
+    if options.imatrix_from == "source" and (options.kept or is_from_weights(options.method)):
         raise UsageError(
-            f"--imatrix-from source: --method {options.method} ranks the experts by their weights, "
-            "in no pass that could take the sums; leave --imatrix-from out"
+            f"--imatrix-from source: {way}, in no pass that could take the sums; leave "
+            "--imatrix-from out"
         )
     if options.imatrix is not None:
         return read_imatrix(options.imatrix, tensors, *of)

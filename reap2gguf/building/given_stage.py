@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 from reap2gguf.atomic import make_folder
 from reap2gguf.building.given import check_given_minimum, imatrix_of
 from reap2gguf.building.keys import stage_key
-from reap2gguf.building.stages import Importance, needed
+from reap2gguf.building.stage import needed
+from reap2gguf.building.stages import Importance
 from reap2gguf.gguf_files.imatrix import save_both
 from reap2gguf.gguf_files.imatrix_coverage import hits_line, layer_hits
 
 if TYPE_CHECKING:
     from reap2gguf.building.given import GivenImatrix
     from reap2gguf.building.stage import Run
-    from reap2gguf.building.stages import Observe, ReadTexts
+    from reap2gguf.building.stages import Observe
+    from reap2gguf.building.text_stage import ReadTexts
     from reap2gguf.pruning.view import PrunedView
 
 
@@ -63,7 +65,7 @@ class GivenImportance(Importance):
         check_given_minimum(self.run.plan.recipes, self.given, self._pruned.kept)
 
     def make_key(self) -> str:
-        return stage_key(self.run.keys.pruned(self._pruned.kept), self.given.sha256)
+        return stage_key(self.run.keys.pruned(self._pruned), self.given.sha256)
 
     def compute(self) -> Mapping[str, Any]:
         make_folder(self.run.work.gguf)

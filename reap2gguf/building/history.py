@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from reap2gguf.bundle.layout import MANIFEST_FILE
 from reap2gguf.bundle.manifest import EarlierPruning, Manifest
 from reap2gguf.errors import ArtifactError
-from reap2gguf.pruning.methods import METHODS
+from reap2gguf.pruning.methods import RECORDED
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.checkpoint import Checkpoint
@@ -99,7 +99,7 @@ def _check(history: History, methods: Sequence[str], facts: ModelFacts) -> None:
         raise ValueError("its source is not the name of a model")
     if history.revision is not None and not _COMMIT.fullmatch(history.revision):
         raise ValueError("the revision of its source is not a commit")
-    if any(method not in METHODS for method in methods):
+    if any(method not in RECORDED for method in methods):
         raise ValueError("it names an unknown pruning method")
     for layer in facts.moe_layers:
         ids = list(history.experts.get(layer, ()))

@@ -22,7 +22,7 @@ from reap2gguf.bundle.layout import CARD_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.sources import local_hashes
 from reap2gguf.checkpoint.companions import Purpose, companions
-from reap2gguf.choosing.names import AUTO
+from reap2gguf.choosing.names import AUTO, BEST_REPAIRED
 from reap2gguf.errors import CheckpointError, Reap2ggufError
 from reap2gguf.files import file_sha256
 from reap2gguf.ggml import load_ggml
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row
     from reap2gguf.building.plan import Plan
     from reap2gguf.pruning.select import Kept
+    from reap2gguf.pruning.view import PrunedView
     from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 # Raise one of these where a change of the program makes other results of the same inputs: where an
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 # a message or a library changes.
 TEXTS_FORMAT = 2  # how texts become rows and chunks: samples, templates, cutting, drawing
 OBSERVE_FORMAT = 2  # what is summed per expert, and the file of it
+REPAIR_FORMAT = 1  # which weights a repair gives, and the files of them
 PRUNE_FORMAT = 1  # how tensors, config and files of the model are written as safetensors
 IMATRIX_FORMAT = 1  # what is summed per matrix
 FIT_FORMAT = 1  # how types are chosen for a size
@@ -147,10 +149,20 @@ class BuildKeys:
         """What only observations with the sums of an importance matrix depend on."""
         return ["with imatrix", str(IMATRIX_FORMAT)] if self.plan.takes_sums else []
 
-    def pruned(self, kept: Kept) -> str:
-        """The key of the pruned model, in whatever format."""
-        kept_experts = sorted(kept.items())
-        return stage_key(PRUNE_FORMAT, self._source, kept_experts, self._companions, self.plan.mtp)
+    def repair(self, pruned: PrunedView, rows: ObservationRows, kind: str) -> str:
+        """The key of a repair of the pruned model on the rows."""
+        text = rows.label, rows.sha256, self.plan.max_length
+        return stage_key(REPAIR_FORMAT, self.pruned(pruned), kind, *text, *self._computing)
+
+    def pruned(self, pruned: PrunedView) -> str:
+        """The key of the pruned model, in whatever format; repaired or not."""
+        return self.pruned_of(pruned.kept, pruned.identity)
+
+    def pruned_of(self, kept: Kept, identity: str = "") -> str:
+        """The same, given the experts and a hash of weights that are not the source's."""
+        kept_experts, changed = sorted(kept.items()), (identity,) if identity else ()
+        inputs = self._source, kept_experts, self._companions, self.plan.mtp, *changed
+        return stage_key(PRUNE_FORMAT, *inputs)
 
     def imatrix(self, pruned: str, chunks: ImatrixChunks, probe: Sequence[Row]) -> str:
         """The key of the importance matrix."""
@@ -197,14 +209,24 @@ class BuildKeys:
             plan.target.n_kept,
             plan.mtp,
             *self._computing,
+            *((REPAIR_FORMAT, self._asked_repair) if self._asked_repair else ()),
             *self._sums,
         )
 
     @property
     def _given(self) -> list[tuple[str, str] | None]:
         """The files that take the place of stages: cards name them."""
-        given = (self.plan.observations, self.plan.imatrix)
+        given = (self.plan.given_kept, self.plan.observations, self.plan.imatrix)
         return [None if one is None else (one.file, one.sha256) for one in given]
+
+    @property
+    def _asked_repair(self) -> str:
+        """The repair that was asked for, also as a candidate; "" for none."""
+        plan = self.plan
+        if BEST_REPAIRED in plan.candidates:
+            return BEST_REPAIRED
+        asked = plan.options.repair if plan.target.prunes else "none"
+        return "" if asked == "none" else asked
 
     @property
     def _choosing(self) -> tuple[object, ...]:
@@ -214,13 +236,15 @@ class BuildKeys:
         other = None if text is None else (text.name, plan.files.text(text).sha256)
         return AUTO, CHOOSE_FORMAT, plan.candidates, other
 
-    def choose(self, kept: Mapping[str, Kept], texts: Sequence[str]) -> str:
+    def choose(self, kept: Mapping[str, Kept], texts: Sequence[str], repairs: str) -> str:
         """The key of a choice among candidates, by the experts that each keeps.
 
-        `texts` are the hashes of the tokens that it is made on.
+        `texts` are the hashes of the tokens that it is made on, and `repairs` is that of the rows
+        on which the best one is repaired; "" if none is.
         """
         candidates = [(name, sorted(experts.items())) for name, experts in kept.items()]
-        return stage_key(CHOOSE_FORMAT, self._source, candidates, texts, *self._computing)
+        inputs = self._source, candidates, texts, (REPAIR_FORMAT, repairs)
+        return stage_key(CHOOSE_FORMAT, *inputs, *self._computing)
 
     @property
     def _history(self) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from reap2gguf.bundle.options_record import (
     CHOOSE_TEXT_OPTION,
     IMATRIX_OPTION,
     IMATRIX_TEXT_OPTION,
+    KEPT_OPTION,
     OBSERVATIONS_OPTION,
     OptionsRecord,
 )
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 # fields that name a file of the user -> the option to ask for it with
 _FILES = {
+    "kept": KEPT_OPTION,
     "observations": OBSERVATIONS_OPTION,
     "imatrix": IMATRIX_OPTION,
     "imatrix_text": IMATRIX_TEXT_OPTION,

@@ -86,7 +86,8 @@ def _ending(options: BuildOptions, target: Target) -> str:
         return ""
     ratio = target.compression if options.compression is None else options.compression
     shown_ratio = f"{ratio:.2f}" if round(ratio, 2) == ratio else f"{ratio:.4g}"
-    how = "REAP" if options.method in OBSERVED else "pruned"
+    is_ranked = options.kept is None and options.method in OBSERVED
+    how = "REAP" if is_ranked else "pruned"
     return f"-{how}-{shown_ratio}"
 
 

@@ -1,12 +1,14 @@
 """A build, from a checkpoint to a verified bundle: the table of contents of the program.
 
-    plan -> texts -> observe -> choose -> { prune, imatrix, export, verify } -> evaluate -> record
+    plan -> texts -> observe -> choose -> repair -> { prune, imatrix, export, verify } -> evaluate
+      -> record
 
 Stages in braces overlap: GGUF files are written layer by layer as their importance is known, beside
 the safetensors, and each format is verified when it is written (`together.py`). With a target size,
 `fit` chooses the types of a file between `imatrix` and `export`, and so the export waits.
 
 With `--method auto` a stage measures which method of pruning is best, and the plan goes on with it.
+The kept experts are repaired where that is asked for: what follows is then of the repaired model.
 A build that keeps all experts has nothing to observe and nothing to prune: it writes GGUF files
 alone. One that ranks experts by their weights has nothing to observe. Given observations, and a
 given importance matrix, take the place of the stages that make them; with both, no text is read.
@@ -38,11 +40,13 @@ from reap2gguf.building.fit_stage import Fit
 from reap2gguf.building.given_stage import GivenImportance, importance_of
 from reap2gguf.building.needs.room import check_device, check_room
 from reap2gguf.building.needs.scoring import chunks_of
-from reap2gguf.building.plan import with_all_values
+from reap2gguf.building.plan_sides import with_all_values
 from reap2gguf.building.record import Evidence, write_record
-from reap2gguf.building.stage import BuildResult, Run, Stage
-from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts, needed
+from reap2gguf.building.repair_stage import Repair
+from reap2gguf.building.stage import BuildResult, Run, Stage, needed
+from reap2gguf.building.stages import Export, Importance, Observe, Prune
 from reap2gguf.building.standing import refuse_dropping, standing
+from reap2gguf.building.text_stage import ReadTexts
 from reap2gguf.building.together import do_after, do_together
 from reap2gguf.building.verify_stage import Verify
 from reap2gguf.building.workdir import Workdir
@@ -57,7 +61,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
 
 STAGES: Sequence[type[Stage[Any]]] = (
-    *(ReadTexts, Observe, Choose, Prune, Importance, Export, Verify),
+    *(ReadTexts, Observe, Choose, Repair, Prune, Importance, Export, Verify),
     Evaluate,
 )
 
@@ -84,7 +88,8 @@ def build(plan: Plan, progress: Progress) -> BuildResult | None:
     with work.locked(), plan.checkpoint:
         run = Run(plan, work, progress, stages_of(plan))
         run.prepare()
-        return _run_stages(run)
+        with run.held:
+            return _run_stages(run)
 
 
 def _run_stages(run: Run) -> BuildResult | None:
@@ -116,6 +121,9 @@ def _run_stages(run: Run) -> BuildResult | None:
         ):
             run.progress.note(line)
     pruned = PrunedView(plan.checkpoint, plan.model, kept)
+    repaired = run.do(Repair(run, pruned, needed(texts))) if plan.repairs else None
+    if repaired is not None:
+        pruned = repaired.result.view
     importance = importance_of(run, pruned, texts, observed)
     if isinstance(importance, GivenImportance):
         run.agree(importance.check_minimum)
@@ -146,8 +154,13 @@ def _run_stages(run: Run) -> BuildResult | None:
         importance.facts,
         verify.result.passed,
         {**importance.seals, **verify.result.seals},
-        {stage.name: stage.made_with() for stage in (texts, observed, importance) if stage},
+        {
+            stage.name: stage.made_with()
+            for stage in (texts, observed, repaired, importance)
+            if stage
+        },
         evaluation=evaluate.result if evaluate else None,
+        repair=repaired.record if repaired else None,
         given=importance.given if isinstance(importance, GivenImportance) else None,
     )
     manifest = write_record(plan, run.work, evidence, pruned)

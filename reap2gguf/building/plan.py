@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf.building.asked import read_options
 from reap2gguf.building.given import (
     GivenImatrix,
     GivenObservations,
@@ -16,8 +15,13 @@ from reap2gguf.building.given import (
     keep_given,
     read_observations,
 )
+from reap2gguf.building.given_kept import (
+    GivenKept,
+    given_kept_of,
+)
 from reap2gguf.building.history import History, read_history
 from reap2gguf.building.naming import bundle_name
+from reap2gguf.building.plan_sides import planned_side_files
 from reap2gguf.building.sized import SizedFile, other_labels, with_sized
 from reap2gguf.bundle.layout import BundleFolders, model_file, side_file
 from reap2gguf.bundle.manifest import NO_METHOD
@@ -26,39 +30,44 @@ from reap2gguf.bundle.options_record import (
     CHOOSE_TEXT_OPTION,
     IMATRIX_OPTION,
     IMATRIX_TEXT_OPTION,
+    KEPT_OPTION,
     OBSERVATIONS_OPTION,
     InputRecord,
 )
-from reap2gguf.calibration.scanned_files import ScannedFiles
 from reap2gguf.calibration.sources import check_calibration, local_hashes
-from reap2gguf.calibration.spec import Calibration, decide
-from reap2gguf.choosing.names import AUTO, check_candidates
-from reap2gguf.errors import CalibrationError, UsageError
+from reap2gguf.choosing.names import (
+    AUTO,
+    BEST_REPAIRED,
+    check_candidates,
+    criteria_of,
+    split_name,
+)
+from reap2gguf.choosing.repaired import why_not_repaired
+from reap2gguf.errors import UsageError
 from reap2gguf.gguf_files.imatrix_coverage import check_coverage
 from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.source import Source, resolve_source
 from reap2gguf.models.description import Dropped, SideFile
-from reap2gguf.models.side_values import side_files, with_fitting_types
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
-from reap2gguf.pruning.methods import METHODS, is_from_weights
-from reap2gguf.pruning.protection import protected_experts
+from reap2gguf.pruning.methods import GIVEN, METHODS, is_from_weights
+from reap2gguf.pruning.protection import check_protection
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.ik.workers import check_installed
-from reap2gguf.quantizing.labels import LabelledFile, label_warnings, refuse_twice
+from reap2gguf.quantizing.labels import LabelledFile, label_warnings
 from reap2gguf.quantizing.minimum import check_needed
-from reap2gguf.quantizing.overrides import read_overrides
-from reap2gguf.quantizing.recipe import load_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
+from reap2gguf.repairing.limits import check_repair
 from reap2gguf.tokenizer.check import check_tokenizer
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.choice import ChoiceRecord
+    from reap2gguf.calibration.scanned_files import ScannedFiles
+    from reap2gguf.calibration.spec import Calibration
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.options import BuildOptions
-    from reap2gguf.quantizing.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,7 @@ class Plan:
     files: ScannedFiles  # of the calibration
     tokenizer_caveats: tuple[str, ...] = ()
     history: History | None = None  # of a source that this program has pruned before
+    given_kept: GivenKept | None = None  # None: the build chooses the experts
     observations: GivenObservations | None = None  # None: the build makes them
     imatrix: GivenImatrix | None = None  # None: the build computes it
     sized: SizedFile | None = None  # the last file, if its types are chosen in the build
@@ -86,28 +96,48 @@ class Plan:
     @property
     def observes(self) -> bool:
         """Whether the build observes the experts, in order to rank them."""
-        return self.target.prunes and self.observations is None and not self.ranks_by_weights
+        is_chosen = self.given_kept is not None or self.observations is not None
+        return self.target.prunes and not is_chosen and not self.ranks_by_weights
 
     @property
     def ranks_by_weights(self) -> bool:
         """Whether the build ranks the experts by their weights alone."""
-        return self.target.prunes and is_from_weights(self.options.method)
+        is_given = self.given_kept is not None
+        return self.target.prunes and not is_given and is_from_weights(self.options.method)
 
     @property
     def chooses(self) -> bool:
         """Whether the build measures which method is best."""
-        return self.target.prunes and self.options.method == AUTO
+        is_chosen = self.given_kept is not None
+        return self.target.prunes and not is_chosen and self.options.method == AUTO
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """The methods that it measures."""
-        return check_candidates(self.options.candidates) if self.chooses else ()
+        """What it measures. None is repaired where a repair was asked for, or is not defined."""
+        named = check_candidates(self.options.candidates) if self.chooses else ()
+        if self.options.repair != "none" or why_not_repaired(self.checkpoint, self.model):
+            return criteria_of(named)
+        return named
 
     @property
     def asks_mtp(self) -> bool:
         """Whether an MTP block is asked on rows of the calibration, before pruning and after."""
         asks = self.computes_imatrix and self.model.facts.has_mtp
         return self.observes or (asks and not self.target.prunes)
+
+    @property
+    def repairs(self) -> bool:
+        """Whether the kept experts get new weights, or may get them: before a choice is made."""
+        return self.target.prunes and self.repair != "none"
+
+    @property
+    def repair(self) -> str:
+        """How the kept experts are repaired, or may be: none, ridge or scale."""
+        if self.options.repair != "none" or not self.chooses:
+            return self.options.repair
+        if self.choice is not None:
+            return "ridge" if split_name(self.choice.chosen)[1] else "none"
+        return "ridge" if BEST_REPAIRED in self.candidates else "none"
 
     @property
     def takes_sums(self) -> bool:
@@ -121,9 +151,9 @@ class Plan:
 
     @property
     def reads_rows(self) -> bool:
-        """Whether rows of the calibration are needed: to rank experts, to choose by what methods
-        cost on some of them, or to ask an MTP block."""
-        return self.chooses or self.asks_mtp
+        """Whether rows of the calibration are needed: to rank or repair experts, to choose by what
+        methods cost on some of them, or to ask an MTP block."""
+        return self.chooses or self.repairs or self.asks_mtp
 
     @property
     def reads_calibration(self) -> bool:
@@ -139,7 +169,7 @@ class Plan:
     @property
     def n_sweeps(self) -> int:
         """How many calibration passes the build makes."""
-        return self.observes + self.computes_imatrix
+        return self.observes + self.repairs + self.computes_imatrix
 
     @property
     def n_variants(self) -> int:
@@ -184,6 +214,9 @@ class Plan:
         reads = self.reads_calibration
         hashes = local_hashes(self.calibration, self.files) if reads else []
         found = [InputRecord(CALIBRATION_OPTION, name, sha256) for name, sha256 in hashes]
+        if self.given_kept is not None:
+            kept = self.given_kept
+            found.append(InputRecord(KEPT_OPTION, kept.file, kept.sha256))
         if self.observations is not None:
             given = self.observations
             found.append(InputRecord(OBSERVATIONS_OPTION, given.file, given.sha256))
@@ -220,10 +253,12 @@ class Plan:
 
     @property
     def method(self) -> str:
-        """How experts are ranked, or NO_METHOD where none is removed; AUTO until that is chosen."""
+        """How experts are chosen, or NO_METHOD where none is removed; AUTO until that is chosen."""
         if self.choice is not None:
-            return self.choice.chosen
-        return self.options.method if self.target.prunes else NO_METHOD
+            return split_name(self.choice.chosen)[0]
+        if not self.target.prunes:
+            return NO_METHOD
+        return self.options.method if self.given_kept is None else GIVEN
 
     @property
     def mtp(self) -> str:
@@ -244,13 +279,18 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     `note` receives each failed request to the Hub.
     Raises SourceError, CheckpointError, UnsupportedModelError, RecipeError or UsageError.
     """
-    asked = _read_options(options)
+    asked = read_options(options, other_labels(options))
     source = resolve_source(options.model, note, options.follow_links)
     checkpoint = _as_asked(source.open(note), options, note)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
     check_with_transformers(model)
     caveats = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.tokenizers)
+    given_kept = given_kept_of(options, model.facts)
     target = choose_target(model.facts, options.keep_experts, options.compression)
+    if given_kept is not None:
+        target = given_kept.target
+    if options.repair != "none":
+        check_repair(checkpoint, model, target.prunes)
     if options.dequantize and not target.prunes:
         raise UsageError(
             "--dequantize: no expert is removed, so no safetensors are written; leave it out, or "
@@ -264,13 +304,15 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     )
     name = bundle_name(options, source, target, note)
     folders = BundleFolders(options.output, name)
-    keep_given(folders, (options.observations, options.imatrix), target.prunes)
+    keep_given(folders, (options.kept, options.observations, options.imatrix), target.prunes)
     observations = _observations(options, checkpoint, model, target)
-    _check_protection(options, observations, model, target)
+    seen = None if observations is None else observations.seen
+    if target.prunes and given_kept is None:
+        check_protection(options.protection, seen, options.method, target, model.facts)
     imatrix = given_imatrix(options, model.facts, tensors, observations)
     weighted = pruned.model.weighted_matrices() if imatrix is None else imatrix.imatrix.entries
     sized, recipes = with_sized(options, source.label, name, pruned, weighted, recipes)
-    sides = _side_files(model, checkpoint)
+    sides = planned_side_files(model, checkpoint)
     for line in (line for side in sides for line in side.notes):
         note(line)
     plan = Plan(
@@ -287,6 +329,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         files=asked.files,
         tokenizer_caveats=caveats,
         history=read_history(checkpoint, model.facts, note),
+        given_kept=given_kept,
         observations=observations,
         imatrix=imatrix,
         sized=sized,
@@ -314,31 +357,6 @@ def _as_asked(checkpoint: Checkpoint, options: BuildOptions, note: Note) -> Chec
     return checkpoint.dequantized()
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What the options say by themselves, before any model is looked at."""
-
-    recipes: Sequence[Recipe]
-    calibration: Calibration
-    files: ScannedFiles
-    is_checked: bool  # whether the calibration has been checked
-
-
-def _read_options(options: BuildOptions) -> _Asked:
-    """What is cheap to check comes first. Raises RecipeError, CalibrationError or UsageError."""
-    overrides = read_overrides(options.tensor_types)
-    recipes = load_recipes(options.recipes, other_labels(options), overrides)
-    refuse_twice([recipe.label for recipe in recipes])
-    calibration, files = decide(options.calibration), ScannedFiles()
-    if is_checked := _surely_reads(options):
-        check_calibration(calibration, files)
-    for text in (options.imatrix_text, options.choose_text):
-        if text is not None:
-            _check_there(text)
-            files.text(text)
-    return _Asked(recipes, calibration, files, is_checked)
-
-
 def _with_first_experts(checkpoint: Checkpoint, model: MoeModel, target: Target) -> PrunedView:
     """The model with the first experts of each layer: of the sizes that any choice has."""
     first_ones: Kept = {layer: tuple(range(target.n_kept)) for layer in model.facts.moe_layers}
@@ -354,67 +372,3 @@ def _observations(
     # any method tells whether they are of this model
     how = target, METHODS[0] if options.method == AUTO else options.method
     return read_observations(options.observations, checkpoint, model.facts, *how)
-
-
-def _check_protection(
-    options: BuildOptions, given: GivenObservations | None, model: MoeModel, target: Target
-) -> None:
-    """Refuse protected experts that do not exist or fit, as far as they are known before a pass."""
-    protection, seen = options.protection, None if given is None else given.seen
-    if seen is None and not is_from_weights(options.method):
-        protection = replace(protection, super_experts=False)  # they are found when it has observed
-    if target.prunes:
-        protected_experts(protection, seen, target, model.facts)
-
-
-def _surely_reads(options: BuildOptions) -> bool:
-    """Whether a build reads its calibration whatever the model is."""
-    if options.imatrix is None and options.imatrix_text is None:
-        if is_from_weights(options.method):
-            return True
-        ranks = options.observations is None or options.method == AUTO
-        return options.imatrix_from == "pruned" or ranks
-    if is_from_weights(options.method):
-        return False
-    ranks = options.observations is None or options.method == AUTO
-    return ranks and options.compression != 0
-
-
-def _side_files(model: MoeModel, checkpoint: Checkpoint) -> tuple[SideFile, ...]:
-    """The side files, with the types that their values need, as far as these are on this machine.
-
-    Values that are still on the Hub are looked at when the build starts.
-    """
-    sides = model.side_files(checkpoint.folder, checkpoint.tensors)
-    try:
-        return tuple(
-            with_fitting_types(side, checkpoint) if _is_here(side, checkpoint) else side
-            for side in sides
-        )
-    finally:
-        if sides:
-            checkpoint.close()  # a plan holds no open files; a later read opens them again
-
-
-def _is_here(side: SideFile, checkpoint: Checkpoint) -> bool:
-    stored = (slab.stored for tensor in side.tensors for slab in tensor.slabs)
-    return not checkpoint.unfetched(stored)
-
-
-def with_all_values(plan: Plan, note: Note) -> Plan:
-    """The plan with side files whose values have all been looked at; what is missing is fetched.
-
-    Raises what `with_fitting_types` raises, and what fetching raises.
-    """
-    if all(side.is_checked for side in plan.side_files):
-        return plan
-    sides = side_files(plan.model, plan.checkpoint)
-    said = {line for side in plan.side_files for line in side.notes}
-    for line in (line for side in sides for line in side.notes if line not in said):
-        note(line)
-    return replace(plan, side_files=sides)
-
-
-def _check_there(text: Path) -> None:
-    if not os.path.exists(os.path.expanduser(text)):
-        raise CalibrationError(f"{text}: no such file; pass a text file")

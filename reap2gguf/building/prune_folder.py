@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reap2gguf.atomic import output_errors, rename, write_whole
 from reap2gguf.bundle.card import short_card
@@ -14,33 +15,35 @@ from reap2gguf.bundle.front_matter import PrunedFrom
 from reap2gguf.bundle.layout import CARD_FILE
 from reap2gguf.errors import VerificationError
 from reap2gguf.machine import available_threads
-from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import KEPT_FILE, write_pruned
 from reap2gguf.verifying.hf_folder import check_pruned
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from reap2gguf.bundle.records import RepairRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.progress import Progress
-    from reap2gguf.pruning.select import Kept
+    from reap2gguf.pruning.view import PrunedView
 
 
 def prune_to_folder(
     checkpoint: Checkpoint,
     model: MoeModel,
-    kept: Kept,
+    pruned: PrunedView,
     method: str,
     folder: Path,
     progress: Progress,
     source: str,
     protected: Mapping[int, Sequence[int]] | None = None,
+    repair: RepairRecord | None = None,
 ) -> None:
     """Write the pruned safetensors and which experts they keep, verify them, name the folder.
 
     `source` is the name of the checkpoint; a short card says it, with the source's licence.
-    `protected` are those of the experts that stay whatever they score.
+    `protected` are those of the experts that stay whatever they score; `repair` is what was done to
+    those of `pruned`.
 
     Raises OutputError if the disk refuses, VerificationError if what was written is not what was
     planned.
@@ -49,16 +52,21 @@ def prune_to_folder(
     with output_errors(folder):
         made.mkdir()  # with the permissions that the user's umask gives to folders
     try:
-        pruned = PrunedView(checkpoint, model, kept)
-        threads = available_threads()
+        kept, threads = pruned.kept, available_threads()
         write_pruned(pruned, made, progress, n_threads=threads)
-        record = {"method": method, "kept_experts": {str(k): v for k, v in sorted(kept.items())}}
+        record: dict[str, Any] = {
+            "method": method,
+            "kept_experts": {str(k): v for k, v in sorted(kept.items())},
+        }
         if protected:
             record["protected"] = {str(k): v for k, v in sorted(protected.items())}
+        if repair is not None:
+            record["repair"] = asdict(repair)
         write_whole(made / KEPT_FILE, json.dumps(record, indent=1) + "\n")
         has_vision = bool(model.side_files(checkpoint.folder, checkpoint.tensors))
         about = PrunedFrom(source, model.facts.architecture, has_vision)
-        card = short_card(folder.name, checkpoint.folder / CARD_FILE, about, KEPT_FILE)
+        named = KEPT_FILE, repair is not None
+        card = short_card(folder.name, checkpoint.folder / CARD_FILE, about, *named)
         write_whole(made / CARD_FILE, card)
         if violations := check_pruned(made, pruned, progress, threads):
             raise VerificationError(violations)

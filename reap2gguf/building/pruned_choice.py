@@ -14,7 +14,7 @@ from reap2gguf.bundle.manifest import NO_METHOD, hash_file
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import ArtifactError, CheckpointError, UsageError
 from reap2gguf.messages import one_line, shown
-from reap2gguf.pruning.methods import METHODS, OBSERVED
+from reap2gguf.pruning.methods import OBSERVED, RECORDED
 from reap2gguf.pruning.select import Target, select_experts
 from reap2gguf.pruning.write import KEPT_FILE
 
@@ -40,9 +40,9 @@ def method_of(folder: Path) -> str:
         method = read_json(path).get("method")
     except CheckpointError as error:
         raise ArtifactError(str(error)) from error
-    if method not in METHODS:
+    if method not in RECORDED:
         raise ArtifactError(
-            f"{path}: method is {shown(method)}, expected one of {', '.join(METHODS)}"
+            f"{path}: method is {shown(method)}, expected one of {', '.join(RECORDED)}"
         )
     return str(method)
 

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.workdir import Workdir
     from reap2gguf.bundle.evaluation import Evaluation
+    from reap2gguf.bundle.records import RepairRecord
     from reap2gguf.models.description import SideFile
     from reap2gguf.pruning.protection import ProtectedExperts
     from reap2gguf.pruning.select import Kept
@@ -81,6 +82,7 @@ class Evidence:
     seals: Mapping[str, Seal]  # the verified files, by path below the work folder
     made_with: Mapping[str, Mapping[str, str]]  # versions of libraries, by stage
     evaluation: Evaluation | None = None  # None: not measured
+    repair: RepairRecord | None = None  # None: the kept experts are as they were
     given: GivenImatrix | None = None  # an importance matrix that no pass of its own made
 
 
@@ -150,6 +152,7 @@ def _pruning_record(plan: Plan, evidence: Evidence) -> PruningRecord:
         mtp=_mtp_record(plan, seen, evidence.importance),
         coverage=None if seen is None else coverage_record(seen, evidence.kept),
         observations_file=None if plan.observations is None else plan.observations.file,
+        repair=evidence.repair,
         protected=evidence.protected.named,
         super_experts=evidence.protected.super_experts,
     )
@@ -224,6 +227,7 @@ def _options_record(plan: Plan) -> OptionsRecord:
         name=options.name,
         method=options.method,
         mtp=options.mtp,
+        kept=None if options.kept is None else options.kept.name,
         protect=options.protect,
         protect_super_experts=options.protect_super_experts,
         spec=calibration.label,
@@ -242,6 +246,7 @@ def _options_record(plan: Plan) -> OptionsRecord:
         inputs=plan.inputs,
         dequantize=None if plan.checkpoint.decoding is None else options.dequantize,
         evaluate=options.evaluate,
+        repair=options.repair,
         candidates=",".join(plan.candidates) or None,
         choose_text=None if options.choose_text is None else options.choose_text.name,
     )

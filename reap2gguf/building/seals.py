@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from reap2gguf.bundle.manifest import FileRecord
+from reap2gguf.bundle.records import FileRecord
 from reap2gguf.errors import OutputError
 from reap2gguf.files import file_sha256, is_own_file
 

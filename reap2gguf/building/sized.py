@@ -164,7 +164,10 @@ def choose_types(
     problem, (weights, model) = sized.problem(reference, imatrix.entries), reference
     header = header_bytes(weights, model, names, sized.named.name, (imatrix, imatrix_file.name))
     budget = budget_of(sized.target, problem, model, header)
-    key = stage_key(FORMAT, run.keys.pruned(kept), file_sha256(imatrix_file), ggml_identity())
+    identity = weights.identity if isinstance(weights, PrunedView) else ""
+    key = stage_key(
+        FORMAT, run.keys.pruned_of(kept, identity), file_sha256(imatrix_file), ggml_identity()
+    )
     cache = Cache(run.work.shared / "type-errors" / f"{key}.json", key)
     make_folder(cache.path.parent)
     where = Where(compute.device, compute.threads)

@@ -14,6 +14,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -180,6 +181,7 @@ class Run:
     room: Room = field(default_factory=Room)  # on the disk
     costs: list[StageCost] = field(default_factory=list)
     joint: Joint = field(default_factory=Joint)  # of the stages that run now
+    held: ExitStack = field(default_factory=ExitStack)  # closes files that stages have opened
 
     def __post_init__(self) -> None:
         self.listener = self.progress
@@ -358,3 +360,9 @@ class Run:
             self.marks.begin(stage.name, NOTHING, undone)
             stage.clear()
         self.marks.begin(stage.name, stage.key, undone)
+
+
+def needed(found: T | None) -> T:
+    """What a stage reads of the texts; a plan that has the stage has it too."""
+    assert found is not None
+    return found

@@ -9,19 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from reap2gguf.artifacts.made_with import COMPUTING, TOKENIZING
+from reap2gguf.artifacts.made_with import COMPUTING
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row, Texts
 from reap2gguf.atomic import make_folder, remove
 from reap2gguf.building.seals import Seal, read_seals, written_seals
-from reap2gguf.building.stage import Run, Stage
+from reap2gguf.building.stage import Run, Stage, needed
 from reap2gguf.bundle.front_matter import PrunedFrom, hub_datasets
 from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE
 from reap2gguf.bundle.manifest import hash_file
-from reap2gguf.calibration.drawing import read_texts
-from reap2gguf.choosing.holdout import hold_out
 from reap2gguf.disk.hashing import Hashes
 from reap2gguf.exporting.header_facts import HeaderNames, pruning_values
 from reap2gguf.exporting.journal import ExportJournal
@@ -35,80 +33,15 @@ from reap2gguf.observing.passes import announced_entries, compute_imatrix, imatr
 from reap2gguf.observing.probe import mtp_probe
 from reap2gguf.pruning.write import HELD_BYTES, write_pruned
 from reap2gguf.quantizing.minimum import check_minimum
-from reap2gguf.tokenizer.tokenizer import Tokenizer
 from reap2gguf.verifying.exactness import Exactness
 from reap2gguf.verifying.gguf_file import ExpectedGguf
 
 if TYPE_CHECKING:
+    from reap2gguf.building.text_stage import ReadTexts
     from reap2gguf.models.description import SideFile
     from reap2gguf.options import ComputeOptions
     from reap2gguf.pruning.view import PrunedView
     from reap2gguf.quantizing.resolve import ResolvedRecipe
-
-
-T = TypeVar("T")
-
-
-def needed(found: T | None) -> T:
-    """What a stage reads of the texts; a plan that has the stage has it too."""
-    assert found is not None
-    return found
-
-
-class ReadTexts(Stage[Texts]):
-    """Tokenizes all text, so that one that is too short is refused before the long work."""
-
-    name = "texts"
-    is_shared = True
-    libraries = TOKENIZING
-
-    def make_key(self) -> str:
-        return self.run.keys.texts
-
-    @property
-    def path(self) -> Path:
-        return self.run.work.shared_file("texts", self.run.keys.texts)
-
-    @property
-    def outputs(self) -> Sequence[Path]:
-        return (self.path,)
-
-    def compute(self) -> Mapping[str, Any]:
-        self.run.work.share(self.read().save, self.path)
-        return {}
-
-    def load(self) -> Texts:
-        # a process on another machine may not see the file; the same inputs make the same again
-        if self.run.is_first or self.path.is_file():
-            return self.divided(Texts.load(self.path))
-        return self.divided(self.read())
-
-    def divided(self, texts: Texts) -> Texts:
-        """The texts, without the rows that are held out where a method is chosen by them."""
-        if texts.rows is None or not self.run.plan.chooses:
-            return texts
-        split = hold_out(texts.rows)
-        return replace(texts, rows=split.seen, held=split.held)
-
-    def read(self) -> Texts:
-        """Draw and tokenize all texts. Raises CalibrationError."""
-        plan = self.run.plan
-        return read_texts(
-            Tokenizer(plan.source.folder),
-            plan.calibration,
-            plan.max_length,
-            plan.options.imatrix_text,
-            self.run.keys.chunk,
-            plan.model.facts.vocab_size,
-            self.run.progress,
-            plan.files,
-            plan.options.imatrix_chunks,
-            has_rows=plan.reads_rows,
-            has_chunks=plan.computes_imatrix,
-        )
-
-    def made_with(self) -> Mapping[str, str]:
-        return self.result.made_with
 
 
 class Observe(Stage[Observations]):
@@ -169,7 +102,7 @@ class Prune(Stage[None]):
         self._pruned = pruned
 
     def make_key(self) -> str:
-        return self.run.keys.pruned(self._pruned.kept)
+        return self.run.keys.pruned(self._pruned)
 
     @property
     def outputs(self) -> Sequence[Path]:
@@ -233,7 +166,7 @@ class Importance(Stage[Imatrix]):
         return mtp_probe(self.run.plan.model, self.texts.rows)
 
     def make_key(self) -> str:
-        pruned = self.run.keys.pruned(self._pruned.kept)
+        pruned = self.run.keys.pruned(self._pruned)
         return self.run.keys.imatrix(pruned, self._chunks, self._probe)
 
     @property

@@ -128,7 +128,8 @@ class Verify(Stage[Verified]):
         violations = list(check_members(folder, written_names(pruned)))
         threads = self.run.plan.options.compute.threads
         violations += check_pruned(folder, pruned, self.run.progress, threads)
-        return violations, [passed_folder(len(pruned.stored.tensors))]
+        n_stored = len(pruned.stored.tensors)
+        return violations, [passed_folder(n_stored, len(pruned.replaced))]
 
     def _check_files(self) -> Found:
         """The same of the GGUF files."""

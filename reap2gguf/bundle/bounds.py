@@ -21,16 +21,18 @@ if TYPE_CHECKING:
         CoverageRecord,
         Manifest,
     )
-    from reap2gguf.bundle.records import ImportanceRecord
+    from reap2gguf.bundle.records import ImportanceRecord, RepairRecord
 
 _MOST_TOKENS = 2**53  # that one expert saw
 MOST_FILES = 20_000  # of a folder, or parts of a file
 _MOST_RECORDS = 1000
 _MOST_TENSORS = 200_000
 _MOST_BITS = 64
+_REPAIR_KINDS = ("ridge", "scale")
 _LARGEST_FIGURE = 1e12  # of an evaluation: a larger rate or score is none
 LARGEST_PERPLEXITY = 1e300  # an exponential: a broken model's is large
 MTP_STATES = ("none", "pruned", "kept", "dropped")
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _LAYER = re.compile(r"0|[1-9][0-9]{0,4}", re.ASCII)
 
 
@@ -40,13 +42,13 @@ def kept_layers(values: Any, name: str = "kept") -> dict[int, tuple[int, ...]]:
     Counts are checked before any id is read.
     """
     found = _by_layer(values, name, "expert ids")
-    return {_layer(key): tuple(map(_expert_id, ids)) for key, ids in found.items()}
+    return {layer_number(key): tuple(map(_expert_id, ids)) for key, ids in found.items()}
 
 
 def layer_tokens(values: Any) -> dict[int, tuple[int, ...]]:
     """Tokens of each expert by layer, from JSON. Raises as `kept_layers` does."""
     found = _by_layer(values, "tokens", "numbers of tokens")
-    return {_layer(key): tuple(map(_token_count, tokens)) for key, tokens in found.items()}
+    return {layer_number(key): tuple(map(_token_count, tokens)) for key, tokens in found.items()}
 
 
 def _by_layer(values: Any, name: str, what: str) -> dict[str, list[Any]]:
@@ -69,7 +71,8 @@ def _token_count(value: Any) -> int:
     return value
 
 
-def _layer(key: str) -> int:
+def layer_number(key: str) -> int:
+    """The number of a layer as JSON has it. Raises ValueError for other texts."""
     # int() also takes "-1", "1_0", " 1" and digits of other scripts
     if not _LAYER.fullmatch(key) or int(key) > MAX_LAYERS:
         raise ValueError(f"{shown(key)} is not the number of a layer")
@@ -107,6 +110,8 @@ def check_bounds(manifest: Manifest) -> None:
     if mtp.state not in MTP_STATES:
         raise ValueError(f"mtp is {shown(mtp.state)}, expected one of {', '.join(MTP_STATES)}")
     _check_kept("kept", pruning.kept, pruning.n_experts)
+    if pruning.repair is not None:
+        _check_repair(pruning.repair, pruning.kept)
     if (earlier := manifest.source.earlier) is not None:
         _within("n_experts of the original", earlier.n_experts, pruning.n_experts, MAX_EXPERTS)
         _check_kept("kept of the original", earlier.kept, earlier.n_experts)
@@ -139,6 +144,20 @@ def check_bounds(manifest: Manifest) -> None:
         _check_evaluation(manifest.evaluation)
     if manifest.choice is not None:
         _check_choice(manifest.choice)
+
+
+def _check_repair(repair: RepairRecord, kept: Mapping[int, Sequence[int]]) -> None:
+    if repair.kind not in _REPAIR_KINDS:
+        raise ValueError(f"repair is {shown(repair.kind)}, expected ridge or scale")
+    if not repair.layers or not repair.layers.keys() <= kept.keys():
+        raise ValueError("repair names other layers than those whose experts were pruned")
+    for layer, one in repair.layers.items():
+        _figure("error_before", one.error_before, 0)
+        _figure("error_after", one.error_after, 0, one.error_before)
+        if one.alpha is not None:
+            _figure("alpha", one.alpha, 0)
+        if not _SHA256.fullmatch(one.sha256) if one.alpha is not None else one.sha256:
+            raise ValueError(f"sha256 of layer {layer} of the repair is {shown(one.sha256)}")
 
 
 def _check_calibration(calibration: CalibrationRecord) -> None:

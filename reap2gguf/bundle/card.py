@@ -20,6 +20,7 @@ from reap2gguf.bundle.card_candidates import candidates_section
 from reap2gguf.bundle.card_files import CardNames, caveats, files_section, use_section
 from reap2gguf.bundle.card_making import caveats_section, experts_section, method_section
 from reap2gguf.bundle.card_quality import quality_section
+from reap2gguf.bundle.card_repair import repair_summary
 from reap2gguf.bundle.front_matter import PrunedFrom, as_yaml, new_front_matter, pruned_values
 from reap2gguf.bundle.layout import (
     MANIFEST_FILE,
@@ -40,6 +41,7 @@ from reap2gguf.bundle.sampling import read_sampling
 from reap2gguf.bundle.source_card import read_card
 from reap2gguf.messages import parameters, size
 from reap2gguf.models.loading import classes_for_all, classes_of
+from reap2gguf.pruning.methods import GIVEN
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import (
@@ -53,13 +55,20 @@ def local_names(manifest: Manifest) -> CardNames:
     return CardNames(manifest.name, gguf_name(manifest.name))
 
 
-def short_card(name: str, source_card: Path, pruned: PrunedFrom, kept_file: str) -> str:
+def short_card(
+    name: str, source_card: Path, pruned: PrunedFrom, kept_file: str, is_repaired: bool = False
+) -> str:
     """The card of a pruned checkpoint that is no bundle: where it comes from, and its licence."""
     front = as_yaml(pruned_values(read_card(source_card), pruned))
     source = hub_link(pruned.source) if repository(pruned.source) else code(pruned.source)
+    repaired = (
+        " The `down_proj` of the remaining experts was repaired: it is not the source's, and the "
+        "file says by how much it changed what each layer gives."
+    )
     return (
         f"{front}# {inline(name)}\n\n{source} without the experts that matter least, pruned by "
-        f"reap2gguf. `{kept_file}` lists the experts that each layer keeps.\n"
+        f"reap2gguf. `{kept_file}` lists the experts that each layer keeps."
+        f"{repaired if is_repaired else ''}\n"
     )
 
 
@@ -192,12 +201,14 @@ def _summary(manifest: Manifest) -> str:
             f"pruned.{_earlier(manifest)}"
         )
     share = 1 - pruning.n_kept / pruning.n_experts
-    method = "REAP" if pruning.method == "reap" else inline(pruning.method)
+    names = {"reap": "REAP", GIVEN: "a given list of experts"}
+    method = names.get(pruning.method, inline(pruning.method))
     return (
         f"{_source_link(manifest)} with {share:.0%} of its experts pruned by {method}: each MoE "
         f"layer keeps {pruning.n_kept} of {pruning.n_experts} experts, "
         f"{pruning.experts_per_token} active per token. {parameters(manifest.n_parameters)} of "
-        f"{parameters(source.n_parameters)} parameters remain.{_earlier(manifest)}"
+        f"{parameters(source.n_parameters)} parameters remain.{repair_summary(manifest)}"
+        f"{_earlier(manifest)}"
     )
 
 
@@ -229,6 +240,7 @@ def _facts_table(manifest: Manifest) -> str:
         ("active experts per token", str(pruning.experts_per_token)),
         ("parameters", f"{manifest.n_parameters:,}"),
         *([("pruning method", inline(pruning.method))] if pruning.method != NO_METHOD else []),
+        *([("repair", inline(pruning.repair.kind))] if pruning.repair is not None else []),
         ("calibration", calibration_facts(manifest)),
         *coverage_rows(pruning),
         *([("importance matrix", importance(manifest))] if manifest.has_imatrix else []),

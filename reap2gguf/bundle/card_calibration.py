@@ -13,7 +13,7 @@ from reap2gguf.bundle.layout import (
 )
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.markdown import code, hub_link, inline, table
-from reap2gguf.pruning.methods import is_from_weights
+from reap2gguf.pruning.methods import observes_nothing
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import (
@@ -155,7 +155,7 @@ def calibration_facts(manifest: Manifest) -> str:
     pruning, calibration = manifest.pruning, manifest.calibration
     spec = "not known" if calibration.spec is None else inline(calibration.spec)
     seed = "" if calibration.seed is None else f", seed {calibration.seed}"
-    if pruning.method == NO_METHOD or is_from_weights(pruning.method):
+    if pruning.method == NO_METHOD or observes_nothing(pruning.method):
         text = inline(calibration.spec or calibration.imatrix_text or "a text that is not known")
         return f"{text}, for the importance matrix only{seed}"
     if not pruning.n_rows:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.card_calibration import calibration_table
+from reap2gguf.bundle.card_repair import changed_weights, repair_section
 from reap2gguf.bundle.layout import (
     MANIFEST_FILE,
     OBSERVATIONS_FILE,
@@ -15,7 +16,7 @@ from reap2gguf.bundle.layout import (
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.markdown import argument, code, inline, picture, repository, table
 from reap2gguf.checkpoint.quantized.keys import WRITTEN_AS_BF16
-from reap2gguf.pruning.methods import OBSERVED, is_from_weights, words_of
+from reap2gguf.pruning.methods import GIVEN, OBSERVED, is_from_weights, words_of
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import Manifest
@@ -108,13 +109,14 @@ Calibration used text only. `{MANIFEST_FILE}` records versions, hashes and the t
 {calibration_table(manifest)}
 
 {_made_with(manifest)}"""
+    rest = f"The pruned\nsafetensors {_what_is_kept(manifest)}{changed_weights(manifest)} {matrix}"
+    repaired = f"\n\n{found}" if (found := repair_section(manifest)) else ""
     return f"""## How it was made
 
 {_observed(manifest)}
-{_score(pruning.method)} The experts with the lowest scores were removed from each layer. The pruned
-safetensors {_what_is_kept(manifest)}: nothing was retrained. {matrix}
+{_score(pruning.method)} were removed from each layer. {rest}
 Calibration used text only. `{MANIFEST_FILE}`
-records versions, hashes, the experts kept in each layer, and the type of each tensor.
+records versions, hashes, the experts kept in each layer, and the type of each tensor.{repaired}
 {_protected(pruning)}
 {calibration_table(manifest)}
 
@@ -128,6 +130,8 @@ records versions, hashes, the experts kept in each layer, and the type of each t
 def _observed(manifest: Manifest) -> str:
     """What ranked the experts: a calibration pass, here or before."""
     pruning = manifest.pruning
+    if pruning.method == GIVEN:
+        return "The experts that stay were named in a list: nothing was observed for it."
     if is_from_weights(pruning.method):
         return "The experts were ranked by their weights alone: no text was read for it."
     if not pruning.n_tokens:
@@ -172,7 +176,9 @@ def _command(manifest: Manifest, options: OptionsRecord) -> Iterator[str]:
     for record in manifest.gguf:
         if not record.adopted:
             yield f"--recipe {argument(record.recipe)}"
-    if manifest.pruning.method != NO_METHOD:
+    if options.kept is not None:
+        yield f"--kept {argument(options.kept)}"
+    elif manifest.pruning.method != NO_METHOD:
         yield f"--keep-experts {manifest.pruning.n_kept}"
         yield f"--method {argument(options.method)}"
         if options.candidates is not None:
@@ -181,6 +187,8 @@ def _command(manifest: Manifest, options: OptionsRecord) -> Iterator[str]:
             yield f"--choose-text {argument(options.choose_text)}"
     else:
         yield "--compression 0"
+    if options.repair != "none" and manifest.pruning.method != NO_METHOD:
+        yield f"--repair {argument(options.repair)}"
     if options.protect:
         yield f"--protect {argument(options.protect)}"
     if options.protect_super_experts:
@@ -221,6 +229,12 @@ def _what_is_kept(manifest: Manifest) -> str:
 
 
 def _score(method: str) -> str:
+    if method == GIVEN:
+        return "All other experts"
+    return f"{_score_alone(method)} The experts with the lowest scores"
+
+
+def _score_alone(method: str) -> str:
     if method == "reap":
         return (
             "An expert's score is the mean of its gate weight times the norm of its output, over "
@@ -256,6 +270,11 @@ def caveats_section(manifest: Manifest, caveats: Iterable[str]) -> str:
         lines.append(
             "- Experts were chosen by the calibration texts above. Languages and topics that "
             "these lack may have lost more than the figures show."
+        )
+    if manifest.pruning.repair is not None:
+        lines.append(
+            "- The repair was fitted on the calibration text. Measure it on text of your own "
+            "domain, beside the same model without it."
         )
     if manifest.side_files:
         lines.append("- Calibration and evaluation used text only: images were not measured.")

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from reap2gguf.atomic import write_whole
-from reap2gguf.bundle.bounds import at_most, check_bounds, check_sizes, kept_layers, layer_tokens
+from reap2gguf.bundle.bounds import (
+    at_most,
+    check_bounds,
+    check_sizes,
+    kept_layers,
+    layer_number,
+    layer_tokens,
+)
 from reap2gguf.bundle.choice import ChoiceRecord, choice_of
 from reap2gguf.bundle.evaluation import Evaluation, evaluation_of
 from reap2gguf.bundle.layout import MANIFEST_FILE, PICTURES
@@ -26,6 +33,8 @@ from reap2gguf.bundle.records import (
     ImportanceRecord,
     MtpRecord,
     PruningRecord,
+    RepairedLayerRecord,
+    RepairRecord,
     SideRecord,
     SourceRecord,
 )
@@ -34,6 +43,7 @@ from reap2gguf.errors import ArtifactError, Reap2ggufError
 from reap2gguf.files import Advance, file_sha256, is_plain_name, plain_size
 from reap2gguf.gguf_files.tensor_types import is_type_name
 from reap2gguf.messages import shown
+from reap2gguf.models.description import MAX_LAYERS
 
 __all__ = [
     "FORMAT",
@@ -186,6 +196,8 @@ def _decode(values: dict[str, Any]) -> Manifest:
     pruning["mtp"] = _record(MtpRecord, pruning["mtp"])
     if pruning.get("coverage") is not None:
         pruning["coverage"] = _record(CoverageRecord, pruning["coverage"])
+    if pruning.get("repair") is not None:
+        pruning["repair"] = repair_record(pruning["repair"])
     source = dict(values["source"])
     if source.get("earlier") is not None:
         source["earlier"] = _earlier_pruning(source["earlier"])
@@ -215,6 +227,16 @@ def _decode(values: dict[str, Any]) -> Manifest:
         made_with=_made_with(values.get("made_with", {})),
         written_by=_version(values.get("written_by", "")),
     )
+
+
+def repair_record(values: Mapping[str, Any]) -> RepairRecord:
+    """The record of a repair from JSON. Raises KeyError, TypeError or ValueError."""
+    layers = values["layers"]
+    if not isinstance(layers, dict):
+        raise TypeError(f"layers of repair is {shown(layers)}, expected records by layer")
+    at_most("layers of repair", layers, MAX_LAYERS)
+    found = {layer_number(key): _record(RepairedLayerRecord, one) for key, one in layers.items()}
+    return _record(RepairRecord, {**values, "layers": found})
 
 
 def _options_record(values: Any) -> OptionsRecord | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 # options that name local files
 CALIBRATION_OPTION = "--calibration"
 IMATRIX_TEXT_OPTION = "--imatrix-text"
+KEPT_OPTION = "--kept"
 OBSERVATIONS_OPTION = "--observations"
 IMATRIX_OPTION = "--imatrix"
 CHOOSE_TEXT_OPTION = "--choose-text"
@@ -48,6 +49,8 @@ class OptionsRecord:
     device: str
     dtype: str
     inputs: Sequence[InputRecord] = ()
+    repair: str = "none"
+    kept: str | None = None  # the last part of its path
     dequantize: str | None = None  # the type that a quantized source's safetensors were written in
     protect: str = ""
     protect_super_experts: bool = False

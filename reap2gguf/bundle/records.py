@@ -75,6 +75,30 @@ class CoverageRecord:
 
 
 @dataclass(frozen=True)
+class RepairedLayerRecord:
+    """What the repair of a layer came to."""
+
+    alpha: float | None  # the strength of the ridge; None: the layer keeps its weights
+    # errors on text that was held out, relative to what the source's layer gives
+    error_before: float
+    error_after: float
+    sha256: str  # of the new tensors with their names, types and shapes; "" if there are none
+
+
+@dataclass(frozen=True)
+class RepairRecord:
+    """How the kept experts' `down_proj` was fitted to what all experts gave."""
+
+    kind: str  # ridge, or scale: one number per expert
+    calibration: str  # the text
+    calibration_sha256: str
+    n_fitted: int  # tokens of it
+    n_held_out: int
+    n_tensors: int  # that have new values
+    layers: Mapping[int, RepairedLayerRecord]
+
+
+@dataclass(frozen=True)
 class ImportanceRecord:
     """How many tokens of the importance matrix each expert saw, in the layers that have experts."""
 
@@ -106,9 +130,15 @@ class PruningRecord:
     mtp: MtpRecord = MtpRecord()
     coverage: CoverageRecord | None = None  # None where nothing was observed, or not recorded
     observations_file: str | None = None
+    repair: RepairRecord | None = None  # None: the kept experts are those of the source
     # layer -> source ids of experts that stay whatever they score: named ones, and super experts
     protected: Mapping[int, Sequence[int]] = field(default_factory=dict)
     super_experts: Mapping[int, Sequence[int]] = field(default_factory=dict)
+
+    @property
+    def n_repaired(self) -> int:
+        """Tensors whose values are not the source's."""
+        return 0 if self.repair is None else self.repair.n_tensors
 
 
 @dataclass(frozen=True)

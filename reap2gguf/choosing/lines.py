@@ -28,6 +28,7 @@ def table_lines(found: ChoiceRecord, seconds: Mapping[str, float]) -> Iterator[s
     heads = ["candidate", "KL held-out", "perplexity"]
     if found.other is not None:
         heads += ["KL other", "perplexity"]
+    seconds = {one.name: seconds[one.name] for one in found.candidates if one.name in seconds}
     if seconds:
         heads.append("cost")
     rows = [heads, *(_row(found, one, seconds) for one in ranked(found))]

@@ -1,4 +1,7 @@
-"""All candidates in one sweep: views of the source, each with the experts that it keeps.
+"""The choice: candidates in one sweep, and one sweep more if the best of them is repaired.
+
+Each candidate is a view of the source with the experts that it keeps. What evaluates and what
+repairs is passed in, since both load torch.
 
 Candidates that keep the same experts are one variant. Memory and time are those of an evaluation
 (`evaluating/engine.py`): two layers, and the hidden states of all variants.
@@ -6,13 +9,16 @@ Candidates that keep the same experts are one variant. Memory and time are those
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from reap2gguf.choosing.candidates import first_with_same
 from reap2gguf.choosing.figures import SOURCE, choice_of_scores
+from reap2gguf.choosing.repaired import joined_scores, repaired_name
 from reap2gguf.evaluating.variants import Variant
 from reap2gguf.pruning.view import PrunedView
 
@@ -28,27 +34,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `evaluate_variants` is asked, and the choice that its scores make."""
+    """What `evaluate_variants` is asked: pruned models beside their source, on one or two texts."""
 
     source: Weights
     model: MoeModel  # of the source
-    kept: Mapping[str, Kept]  # by candidate, the experts that stay
+    views: Mapping[str, PrunedView]  # by candidate
     held_out: MeasuredText
     other: MeasuredText | None
 
     @cached_property
-    def same(self) -> Mapping[str, str]:
-        """By candidate, the one that is measured for it."""
-        return first_with_same(self.kept)
-
-    @cached_property
     def variants(self) -> Sequence[Variant]:
-        """The source, and every pruned model once."""
-        found = [_variant(SOURCE, "source", self.source, self.model)]
-        for name in dict.fromkeys(self.same.values()):
-            view = PrunedView(self.source, self.model, self.kept[name])
-            found.append(_variant(name, "pruned", view, view.model))
-        return found
+        """The source, and every pruned model."""
+        pruned = [_variant(name, "pruned", one, one.model) for name, one in self.views.items()]
+        return [_variant(SOURCE, "source", self.source, self.model), *pruned]
 
     @property
     def rows(self) -> Sequence[ScoredRow]:
@@ -58,13 +56,59 @@ class Measurement:
     @property
     def pairs(self) -> Sequence[Pair]:
         """Each pruned model is compared with the source."""
-        return [(SOURCE, one.name) for one in self.variants[1:]]
+        return [(SOURCE, name) for name in self.views]
 
-    def choice(self, scores: Scores) -> ChoiceRecord:
-        """All candidates, and the best one. Raises EvaluationError for a broken one."""
-        return choice_of_scores(scores, self.same, self.held_out, self.other)
+
+def pruned_views(
+    source: Weights, model: MoeModel, kept: Mapping[str, Kept]
+) -> dict[str, PrunedView]:
+    """A view for each candidate, but for those that keep the same experts as an earlier one."""
+    names = dict.fromkeys(first_with_same(kept).values())
+    return {name: PrunedView(source, model, kept[name]) for name in names}
 
 
 def _variant(name: str, kind: Kind, weights: Weights, model: MoeModel) -> Variant:
     bits = 8 * weights.n_bytes / weights.n_parameters
     return Variant(name, kind, weights, model, weights.n_bytes, bits)
+
+
+Evaluates = Callable[[Measurement], "Scores"]
+# the repaired model of a view, whose files are open as long as the stack
+Repairs = Callable[["PrunedView", ExitStack], "PrunedView"]
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """A model, the experts that each criterion keeps of it, and the texts."""
+
+    source: Weights
+    model: MoeModel  # of the source
+    kept: Mapping[str, Kept]
+    held_out: MeasuredText
+    other: MeasuredText | None
+
+    def choose(
+        self, evaluate: Evaluates, repair: Repairs | None
+    ) -> tuple[ChoiceRecord, dict[str, float]]:
+        """All candidates and the best one; seconds by candidate, of what it takes to make it.
+
+        Without `repair`, none is repaired. Raises EvaluationError for a broken candidate, and what
+        both functions raise.
+        """
+        same = first_with_same(self.kept)
+        views = pruned_views(self.source, self.model, self.kept)
+        scores = evaluate(self._asked(views))
+        found = choice_of_scores(scores, same, self.held_out, self.other)
+        if repair is None:
+            return found, {}
+        best = same[found.chosen]
+        name, begun = repaired_name(found.chosen), time.monotonic()
+        with ExitStack() as stack:
+            repaired = repair(views[best], stack)
+            seconds = {name: time.monotonic() - begun}
+            more = evaluate(self._asked({name: repaired}))
+        scores = joined_scores(scores, more)
+        return choice_of_scores(scores, {**same, name: name}, self.held_out, self.other), seconds
+
+    def _asked(self, views: Mapping[str, PrunedView]) -> Measurement:
+        return Measurement(self.source, self.model, views, self.held_out, self.other)

@@ -12,14 +12,21 @@ from reap2gguf.pruning.methods import METHODS, OBSERVED
 
 AUTO = "auto"  # the best of several methods, by what each costs
 BUILD_METHODS = (*METHODS, AUTO)
-# the methods that are measured unless others are named
-CANDIDATES = ("reap", "weighted_ean_sum", "weighted_frequency", "frequency", "ean_mean")
+REPAIRED = "+repair"  # after the name of a criterion: its kept experts are repaired
+BEST_REPAIRED = f"best{REPAIRED}"  # of the criterion that is best without a repair
+_CRITERIA = ("reap", "weighted_ean_sum", "weighted_frequency", "frequency", "ean_mean")
+CANDIDATES = (*_CRITERIA, BEST_REPAIRED)  # what is measured unless others are named
+
+
+def split_name(candidate: str) -> tuple[str, bool]:
+    """The criterion of a candidate, and whether the experts that it keeps are repaired."""
+    return candidate.removesuffix(REPAIRED), candidate.endswith(REPAIRED)
 
 
 def check_candidates(value: object) -> tuple[str, ...]:
-    """Methods to choose from, each once, from names with commas, a list, or `all`; None: the usual.
+    """What to choose from, each once, from names with commas, a list, or `all`; None: the usual.
 
-    Raise UsageError for anything else.
+    BEST_REPAIRED comes last. Raise UsageError for anything else.
     """
     if value is None:
         return CANDIDATES
@@ -27,12 +34,21 @@ def check_candidates(value: object) -> tuple[str, ...]:
     if not isinstance(parts, Iterable) or isinstance(parts, bytes):
         raise UsageError(f"candidates is {value!r}, expected names of methods")
     names = [part.strip() if isinstance(part, str) else part for part in parts]
+    known = (*OBSERVED, BEST_REPAIRED)
     if names == ["all"]:
-        return tuple(OBSERVED)
+        return known
     for name in names:
-        if name not in OBSERVED:
-            known = ", ".join(OBSERVED)
-            raise UsageError(f"candidates names {name!r}, expected some of {known}, or all")
-    if not names:
-        raise UsageError("candidates is empty, expected names of methods, such as reap,frequency")
-    return tuple(dict.fromkeys(names))
+        if name not in known:
+            raise UsageError(
+                f"candidates names {name!r}, expected some of {', '.join(known)}, or all"
+            )
+    if not set(names) - {BEST_REPAIRED}:
+        raise UsageError("candidates names no criterion, such as reap or weighted_ean_sum")
+    named = dict.fromkeys(names)
+    criteria = [name for name in named if name != BEST_REPAIRED]
+    return (*criteria, BEST_REPAIRED) if BEST_REPAIRED in named else tuple(criteria)
+
+
+def criteria_of(candidates: Iterable[str]) -> tuple[str, ...]:
+    """The candidates that are criteria alone."""
+    return tuple(name for name in candidates if name != BEST_REPAIRED)

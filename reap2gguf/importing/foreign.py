@@ -22,6 +22,7 @@ from reap2gguf.errors import RecipeError
 from reap2gguf.files import plain_size
 from reap2gguf.importing.command_line import Command, is_command, read_command
 from reap2gguf.importing.foreign_types import (
+    check_base,
     plain_name,
     read_file_type,
     read_type,
@@ -132,6 +133,7 @@ def read_foreign(text: str, where: str, base: str | None = None) -> ForeignRecip
             "another one)"
         )
     found = base_named(base or usual)
+    check_base([one.rule.tensor_type for one in rules], found, where)
     return ForeignRecipe("a list", found, tuple(rules), notes=tuple(dict.fromkeys(read.notes)))
 
 
@@ -170,6 +172,7 @@ def _of_command(command: Command, where: str, base: str | None) -> ForeignRecipe
         )
         read.items.clear()
     rules = [*_first(command, types, found), *read.rules()]
+    check_base([one.rule.tensor_type for one in rules], found, where)
     if command.is_pure:
         rules.append(_pure(found))
     tied = types.get("--output-tensor-type")

@@ -18,16 +18,17 @@ from gguf import GGMLQuantizationType as Type
 from gguf import Keys
 
 from reap2gguf.errors import RecipeError
-from reap2gguf.ggml import STORABLE
+from reap2gguf.ggml import holds_weights
 from reap2gguf.gguf_files.split import parse_part_name
+from reap2gguf.gguf_files.tensor_types import LOADER, IkType
 from reap2gguf.importing.cover import CoverRule, cover
 from reap2gguf.messages import one_line
 from reap2gguf.models.from_gguf import model_from_gguf
 from reap2gguf.models.roles import spots
 from reap2gguf.models.table import BY_GGUF
 from reap2gguf.quantizing.deciding import fixed_type
-from reap2gguf.quantizing.file_types import MIXTURES
-from reap2gguf.quantizing.labels import label_fault
+from reap2gguf.quantizing.file_types import IK_MIXTURES, MIXTURES
+from reap2gguf.quantizing.labels import IK_LABEL, label_fault
 from reap2gguf.quantizing.recipe import Recipe, Rule, load_recipe, shipped_recipes
 from reap2gguf.quantizing.resolve import resolve
 from reap2gguf.quantizing.toml_text import toml_string
@@ -168,6 +169,8 @@ def counted(number: int, noun: str) -> str:
 def _title(name: str) -> str:
     if name == "NVFP4":
         return f"the file type {name}"  # llama-quantize does not make it
+    if name in IK_MIXTURES:
+        return f"{LOADER}'s {name}"
     return f"llama-quantize's {name}" if name in MIXTURES else f"the recipe {name}"
 
 
@@ -193,7 +196,7 @@ class _Search:
         self._free = {
             tensor.name: self._types[tensor.name]
             for tensor in self._tensors
-            if fixed_type(tensor, some) is None and self._types[tensor.name] in STORABLE
+            if fixed_type(tensor, some) is None and holds_weights(self._types[tensor.name])
         }
         self._with_imatrix = any(key.startswith("quantize.imatrix.") for key in header.metadata)
 
@@ -201,7 +204,8 @@ class _Search:
     def _file_type(self) -> str:
         """What the header calls the file's mixture; "" if it is none of llama.cpp's."""
         value = self._header.metadata.get(Keys.General.FILE_TYPE)
-        known = {int(one.file_type): name for name, one in MIXTURES.items()}
+        both = {**MIXTURES, **IK_MIXTURES}
+        known = {int(one.file_type): name for name, one in both.items()}
         return known.get(value, "") if type(value) is int else ""
 
     def found(self) -> FoundRecipe:
@@ -231,12 +235,12 @@ class _Search:
         return {
             name: kind
             for name, kind in self._types.items()
-            if name not in self._free and kind in STORABLE and types[name] is not kind
+            if name not in self._free and holds_weights(kind) and types[name] is not kind
         }
 
     @cached_property
     def _unwritable(self) -> dict[str, Type]:
-        return {name: kind for name, kind in self._types.items() if kind not in STORABLE}
+        return {name: kind for name, kind in self._types.items() if not holds_weights(kind)}
 
     @property
     def _model(self) -> tuple[Sequence[GgufTensor], ModelFacts, int]:
@@ -253,9 +257,11 @@ class _Search:
         return wrong if with_imatrix else wrong | self._wrong(recipe, False)
 
     def _bases(self) -> Iterator[_Base]:
-        plain = [replace(load_recipe(name), name=name) for name in MIXTURES]
+        is_ik = any(isinstance(kind, IkType) for kind in self._types.values())
+        names = IK_MIXTURES if is_ik else MIXTURES
+        plain = [replace(load_recipe(name), name=name) for name in names]
         shipped = [load_recipe(name) for name in shipped_recipes()]
-        for recipe in (*plain, *(one for one in shipped if one.rules)):
+        for recipe in (*plain, *(one for one in shipped if one.rules and one.is_ik is is_ik)):
             try:
                 with_, without = self._wrong(recipe, True), self._wrong(recipe, False)
             except RecipeError:
@@ -273,7 +279,7 @@ class _Search:
             base.n_wrong,
             base.recipe.name != self._header.metadata.get(_RECIPE_KEY),
             base.recipe.file_type != self._file_type,
-            base.recipe.name not in MIXTURES,
+            base.recipe.name not in (*MIXTURES, *IK_MIXTURES),
         )
 
     def _extended(self, base: _Base) -> tuple[list[CoverRule], Recipe]:
@@ -307,4 +313,5 @@ class _Search:
         """What ends the file's name, if it can be a label."""
         part = parse_part_name(self._name)
         found = _LABEL.search(part.stem if part else self._name.removesuffix(".gguf"))
-        return found[1] if found and not label_fault(found[1]) else base.label
+        label = found[1] if found and not label_fault(found[1]) else base.label
+        return f"{IK_LABEL}{label}" if base.is_ik and not label.startswith(IK_LABEL) else label

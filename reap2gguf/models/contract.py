@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,7 @@ from reap2gguf.models.tokenizer_families import TokenizerFamily, tokenizer_famil
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.safetensors_header import StoredTensor
+    from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.models.gguf_keys import GgufKeys
 
 SameValues = Callable[[str, str], bool]
@@ -67,6 +68,18 @@ class MoeModel(ABC):
         self.keep_mtp = keep_mtp  # false: a multi-token-prediction block is Dropped
         self.facts = self.read_facts()
         self._check_facts()
+
+    @classmethod
+    def of(cls, weights: Weights, keep_mtp: bool = True) -> Self:
+        """The model of weights of this architecture, their tensors checked against their config.
+
+        Without `keep_mtp`, a multi-token-prediction block is ignored. Raises CheckpointError if
+        tensors and config disagree.
+        """
+        where, names = str(weights.folder / "config.json"), weights.tensors.keys()
+        model = cls(weights.config, where, names, keep_mtp, weights.have_same_values)
+        model.check_tensors(weights.tensors)
+        return model
 
     def _check_facts(self) -> None:
         """Refuse numbers that contradict each other, before any loop runs over them."""

@@ -77,15 +77,7 @@ def describe(checkpoint: Weights, keep_mtp: bool = True) -> MoeModel:
             f"of {', '.join(ARCHITECTURES)}"
         )
     _refuse_labels(checkpoint.config, where)
-    model = ARCHITECTURES[name](
-        checkpoint.config,
-        where,
-        checkpoint.tensors.keys(),
-        keep_mtp,
-        checkpoint.have_same_values,
-    )
-    model.check_tensors(checkpoint.tensors)
-    return model
+    return ARCHITECTURES[name].of(checkpoint, keep_mtp)
 
 
 def _named(name: Any) -> str:

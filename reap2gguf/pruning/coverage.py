@@ -34,6 +34,7 @@ class Coverage:
     median: int  # rounded down
     n_unseen: int  # experts that no token reached
     n_thin: int  # experts with fewer than THIN tokens, those without any included
+    most: int = 0  # tokens of the expert with the most
 
     @classmethod
     def of(cls, counts: Counts) -> Coverage:
@@ -41,7 +42,8 @@ class Coverage:
         if not len(counts):
             return cls(0, 0, 0, 0, 0)
         unseen, thin = int((counts == 0).sum()), int((counts < THIN).sum())
-        return cls(len(counts), int(counts.min()), int(np.median(counts)), unseen, thin)
+        few, many = int(counts.min()), int(counts.max())
+        return cls(len(counts), few, int(np.median(counts)), unseen, thin, many)
 
 
 def coverage(observations: Observations, layers: Iterable[int] | None = None) -> Coverage:
@@ -101,6 +103,14 @@ def coverage_line(found: Coverage) -> str:
     return (
         f"experts: fewest tokens {found.fewest:,}{unseen}, median {found.median:,} tokens per "
         "expert"
+    )
+
+
+def recorded_line(found: CoverageRecord) -> str:
+    """The coverage that a manifest records, in one line."""
+    return (
+        f"experts: fewest tokens {found.fewest:,}, median {found.median:,} tokens per expert; of "
+        f"those that stay, {found.n_thin_kept:,} saw fewer than {found.thin_below:,}"
     )
 
 

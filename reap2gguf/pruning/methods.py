@@ -54,11 +54,18 @@ FROM_WEIGHTS: dict[str, str] = {
 }
 
 METHODS = (*OBSERVED, *FROM_WEIGHTS)
+GIVEN = "given"  # as it is recorded where the user named the experts that stay
+RECORDED = (*METHODS, GIVEN)  # what a manifest may name where experts were removed
 
 
 def is_from_weights(method: str) -> bool:
     """Whether a method ranks experts without observations."""
     return method in FROM_WEIGHTS
+
+
+def observes_nothing(method: str) -> bool:
+    """Whether experts were chosen without any observations."""
+    return method in FROM_WEIGHTS or method == GIVEN
 
 
 def words_of(method: str) -> str:

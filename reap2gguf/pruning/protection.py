@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.messages import shown
+from reap2gguf.pruning.methods import is_from_weights
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
@@ -91,22 +92,24 @@ def _range(text: str, first: str, last: str | None) -> tuple[int, int] | None:
     return int(first), int(last or first)
 
 
-def named_experts(pinned: Iterable[Pinned], facts: ModelFacts) -> dict[int, tuple[int, ...]]:
+def named_experts(
+    pinned: Iterable[Pinned], moe_layers: tuple[int, ...], n_experts: int
+) -> dict[int, tuple[int, ...]]:
     """The experts that were named, by layer. Raises UsageError for one that does not exist."""
     found: dict[int, set[int]] = {}
     for one in pinned:
-        first, last = one.layers or (0, facts.moe_layers[-1])
-        layers = [layer for layer in facts.moe_layers if first <= layer <= last]
-        if not layers or last > facts.moe_layers[-1]:
+        first, last = one.layers or (0, moe_layers[-1])
+        layers = [layer for layer in moe_layers if first <= layer <= last]
+        if not layers or last > moe_layers[-1]:
             raise UsageError(
                 f"--protect {one.text}: the model has no experts in that layer; those with experts "
-                f"are {_spans(facts.moe_layers)}"
+                f"are {_spans(moe_layers)}"
             )
-        first, last = one.experts or (0, facts.n_experts - 1)
-        if last >= facts.n_experts:
+        first, last = one.experts or (0, n_experts - 1)
+        if last >= n_experts:
             raise UsageError(
                 f"--protect {one.text}: the model has no expert {last}; each layer has 0 to "
-                f"{facts.n_experts - 1}"
+                f"{n_experts - 1}"
             )
         for layer in layers:
             found.setdefault(layer, set()).update(range(first, last + 1))
@@ -162,7 +165,8 @@ def protected_experts(
             "reads none; choose a --method that does, or name experts with --protect"
         )
     outliers = super_experts(seen, facts) if protection.super_experts and seen is not None else {}
-    found = ProtectedExperts(named_experts(protection.pinned, facts), outliers)
+    named = named_experts(protection.pinned, facts.moe_layers, facts.n_experts)
+    found = ProtectedExperts(named, outliers)
     room, size = target.n_kept // facts.n_groups, facts.n_experts // facts.n_groups
     for layer, ids in found.all.items():
         for group in range(facts.n_groups):
@@ -174,6 +178,22 @@ def protected_experts(
                     "or keep more with --keep-experts or --compression"
                 )
     return found
+
+
+def check_protection(
+    protection: Protection,
+    seen: Observations | None,
+    method: str,
+    target: Target,
+    facts: ModelFacts,
+) -> None:
+    """Refuse protected experts that do not exist or fit, as far as that is known before a pass.
+
+    Raises what `protected_experts` raises.
+    """
+    if seen is None and not is_from_weights(method):
+        protection = replace(protection, super_experts=False)  # found when it has been observed
+    protected_experts(protection, seen, target, facts)
 
 
 def protection_notes(found: ProtectedExperts, protection: Protection) -> list[str]:

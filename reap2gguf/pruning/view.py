@@ -20,7 +20,6 @@ from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import UnsupportedModelError, UsageError
 from reap2gguf.messages import shown
 from reap2gguf.models.description import Dropped, Expert, ModelFacts, Router
-from reap2gguf.models.table import describe
 from reap2gguf.pruning.quantization import pruned_quantization
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ class PrunedView(_Slices):
 
         Raises UsageError if `kept` does not fit the model, UnknownTensorError for a source tensor
         that no rule explains, UnsupportedModelError if what is stored cannot be sliced, and
-        CheckpointError as `describe` does.
+        CheckpointError as `MoeModel.of` does.
         """
         self.n_kept = _check_kept(kept, model.facts)
         self.kept = kept
@@ -138,7 +137,7 @@ class PrunedView(_Slices):
         self._parts: dict[str, tuple[str, ...]] = {}
         self._weight_names: dict[str, str] = {}
         self._files = None if source.stored is source else self._sliced_files(model)
-        self.model = describe(self)
+        self.model = type(model).of(self)  # pruning keeps the architecture
 
     @property
     def replaced(self) -> Collection[str]:

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reap2gguf.repairing.fit import LayerFit
 from reap2gguf.repairing.gram import gram_of
-from reap2gguf.repairing.record import LayerFit
 
 if TYPE_CHECKING:
     from reap2gguf.repairing.features import Features, RoutedRows

@@ -8,6 +8,7 @@ from reap2gguf.errors import UnsupportedModelError, UsageError
 from reap2gguf.machine import processes
 
 if TYPE_CHECKING:
+    from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.models.contract import MoeModel
 
 LEAST_ROWS = 16  # an eighth of them is held out
@@ -40,6 +41,24 @@ def check_repairable(model: MoeModel) -> None:
     if processes().size > 1:
         raise UsageError(
             "--repair computes in one process; run the command without torchrun, or leave it out"
+        )
+
+
+def check_repair(weights: Weights, model: MoeModel, prunes: bool) -> None:
+    """Refuse what `check_repairable` does, all experts, and quantized weights.
+
+    New weights cannot be stored among quantized ones. Raises UsageError or UnsupportedModelError.
+    """
+    if not prunes:
+        raise UsageError(
+            "--repair: all experts are kept, so there is nothing to repair; leave it out, or "
+            "remove some with --compression"
+        )
+    check_repairable(model)
+    if weights.stored is not weights:
+        raise UsageError(
+            "--repair: the weights are quantized, and new ones cannot be stored among them; pass "
+            "--dequantize bf16 as well"
         )
 
 

@@ -22,6 +22,7 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import StoredTensor, read_header, read_metadata
 from reap2gguf.checkpoint.writer import write_safetensors
 from reap2gguf.errors import ArtifactError, CheckpointError
+from reap2gguf.repairing.fit import LayerFit
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights
@@ -29,18 +30,6 @@ if TYPE_CHECKING:
 Bytes = npt.NDArray[np.uint8]
 Replaced = Mapping[str, tuple[StoredTensor, Bytes]]  # tensors by name
 _READ = 2**24  # bytes at a time
-
-
-@dataclass(frozen=True)
-class LayerFit:
-    """What a layer's repair came to."""
-
-    alpha: float | None  # None: the layer keeps its weights
-    # errors on the rows that were held out, relative to the target: sqrt(|E|^2 / |T|^2)
-    error_before: float
-    error_after: float  # of weights as they are stored
-    n_fitted: int  # tokens
-    n_held_out: int
 
 
 @dataclass(frozen=True)

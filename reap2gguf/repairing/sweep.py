@@ -57,8 +57,9 @@ if TYPE_CHECKING:
     from reap2gguf.progress import Progress
     from reap2gguf.pruning.view import PrunedView
     from reap2gguf.repairing.features import Rows
+    from reap2gguf.repairing.fit import LayerFit
     from reap2gguf.repairing.layer import RepairKind
-    from reap2gguf.repairing.record import LayerFit, RepairedLayer, RepairFolder
+    from reap2gguf.repairing.record import RepairedLayer, RepairFolder
 
 _TITLE = "Repairing experts"
 

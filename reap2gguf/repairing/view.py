@@ -22,6 +22,8 @@ class RepairedView(PrunedView):
     Everything that reads a pruned view reads this one, with the same names, types and shapes.
     """
 
+    _names: frozenset[str] = frozenset()  # while the view without them is made
+
     def __init__(
         self,
         pruned: PrunedView,

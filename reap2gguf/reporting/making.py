@@ -15,7 +15,7 @@ from reap2gguf.bundle.layout import (
 )
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.markdown import argument, repository
-from reap2gguf.pruning.methods import OBSERVED, is_from_weights
+from reap2gguf.pruning.methods import GIVEN, OBSERVED, is_from_weights
 from reap2gguf.reporting.html import (
     Child,
     Html,
@@ -59,6 +59,8 @@ def _calibration(facts: ReportFacts) -> Iterator[tuple[str, Child]]:
     pruning, found = facts.manifest.pruning, facts.manifest.calibration
     if pruning.method == NO_METHOD:
         yield "ranking of the experts", "none: nothing was pruned"
+    elif pruning.method == GIVEN:
+        yield "ranking of the experts", "none: those that stay were named in a list"
     elif is_from_weights(pruning.method):
         yield "ranking of the experts", "by their weights alone: no text was read for it"
     else:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.messages import parameters, size
+from reap2gguf.pruning.methods import GIVEN
 from reap2gguf.reporting.html import Child, Html, code, element, hub_link, section, together
 from reap2gguf.reporting.numbers import with_error
 from reap2gguf.reporting.tables import NOT_MEASURED
@@ -50,7 +51,7 @@ def _sentence(facts: ReportFacts) -> Child:
 def method(manifest: Manifest) -> str:
     """The criterion that ranked the experts, as it is called."""
     name = manifest.pruning.method
-    return "REAP" if name == "reap" else name
+    return {"reap": "REAP", GIVEN: "a given list of experts"}.get(name, name)
 
 
 def source_link(manifest: Manifest) -> Html:

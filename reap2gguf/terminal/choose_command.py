@@ -91,6 +91,6 @@ def choose(
     if as_json:
         say_json(found.as_json())
         return
-    say_all(choice_lines(found.record))
+    say_all(choice_lines(found.record, found.seconds))
     observing, measuring = (duration(found.seconds[one]) for one in ("observing", "measuring"))
-    say(f"cost: {observing} to observe, {measuring} to measure all candidates", "result")
+    say(f"cost: {observing} to observe, {measuring} to measure and repair candidates", "result")

@@ -361,6 +361,7 @@ def collect(
         protect=arguments["protect"],
         protect_super_experts=arguments["protect_super_experts"],
         mtp=arguments["mtp"],
+        repair=arguments["repair"],
         dequantize=arguments["dequantize"],
         evaluate=arguments["evaluate"],
         calibration=CalibrationOptions(
@@ -371,6 +372,7 @@ def collect(
             arguments["pack"],
             revisions,
         ),
+        kept=arguments["kept"],
         observations=arguments["observations"],
         imatrix=arguments["imatrix"],
         imatrix_from=arguments["imatrix_from"],

@@ -39,7 +39,10 @@ SECTIONS = (
 # here comes last, under "Commands"
 COMMAND_HEADINGS: Final[Mapping[str, Sequence[str]]] = {
     "The whole job": ("plan", "build", "add"),
-    "Step by step": ("observe", "inspect", "choose", "prune", "imatrix", "quantize", "bundle"),
+    "Step by step": (
+        *("observe", "observations", "inspect", "choose", "prune", "imatrix", "quantize"),
+        "bundle",
+    ),
     "With a finished bundle": ("verify", "evaluate", "compare", "report", "chat", "serve", "push"),
     "Recipes, texts and help": ("recipes", "mixes", "example", "help"),
     "This machine": ("doctor", "jobs"),

@@ -17,7 +17,7 @@ from reap2gguf.terminal.help import PRUNE, command, option
 from reap2gguf.terminal.option_types import FolderPath
 
 
-class _Ratios(click.ParamType):  # type: ignore[type-arg]
+class RatiosType(click.ParamType):  # type: ignore[type-arg]
     """Shares of experts, as numbers or percentages."""
 
     name = "ratios"
@@ -40,7 +40,7 @@ class _Ratios(click.ParamType):  # type: ignore[type-arg]
 @option(
     "--ratios",
     section=PRUNE,
-    type=_Ratios(),
+    type=RatiosType(),
     metavar="R,R,...",
     help="Shares of the experts to remove, such as 0.25 or 25%.",
     default_text="0.125,0.25,0.375,0.5",

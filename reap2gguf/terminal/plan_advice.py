@@ -24,6 +24,19 @@ _FEWEST = 32  # experts of a source that is worth the advice
 _SHOWN_NAMES = 2
 
 
+def choice_lines(plan: Plan) -> Iterator[str]:
+    """What chooses the experts without observations, and which stay whatever they score."""
+    if plan.given_kept is not None:
+        yield f"the experts that stay are those of {plan.given_kept.file}: no pass observes them"
+    if plan.ranks_by_weights:
+        yield f"experts are ranked by their weights alone ({plan.method}): no pass observes them"
+    if plan.target.prunes:
+        if plan.options.protect:
+            yield f"protected, whatever they score: {plan.options.protect}"
+        if plan.options.protect_super_experts:
+            yield "super experts are protected, by the outliers that are observed of them"
+
+
 def expert_count_lines(plan: Plan) -> Iterator[str]:
     """Where vLLM and llama.cpp are slower with the experts that stay, and with how many not."""
     facts, target = plan.model.facts, plan.target

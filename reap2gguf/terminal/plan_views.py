@@ -18,6 +18,7 @@ from reap2gguf.messages import duration, parameters, quantity, size
 from reap2gguf.pruning.select import friendly_count, is_fused
 from reap2gguf.terminal.imatrix_views import expert_lines
 from reap2gguf.terminal.plan_advice import (
+    choice_lines,
     coverage_as_json,
     coverage_lines,
     covered_experts,
@@ -120,13 +121,7 @@ def _model(plan: Plan) -> Iterator[str]:
         yield f"method: the best of {names}, measured on held-out rows and on another text"
     if not target.prunes:
         yield "nothing is pruned: no pass to rank experts, and no copy of the safetensors"
-    if plan.ranks_by_weights:
-        yield f"experts are ranked by their weights alone ({plan.method}): no pass observes them"
-    if plan.target.prunes:
-        if plan.options.protect:
-            yield f"protected, whatever they score: {plan.options.protect}"
-        if plan.options.protect_super_experts:
-            yield "super experts are protected, by the outliers that are observed of them"
+    yield from choice_lines(plan)
     if plan.history is not None:
         yield (
             f"the source was pruned before: it has {target.n_experts} of the "

@@ -5,10 +5,18 @@ from __future__ import annotations
 import click
 
 from reap2gguf.choosing.names import AUTO, BUILD_METHODS, CANDIDATES
-from reap2gguf.options import DEQUANTIZE_CHOICES, MTP_CHOICES
+from reap2gguf.options import DEQUANTIZE_CHOICES, MTP_CHOICES, REPAIR_CHOICES
 from reap2gguf.pruning.methods import FROM_WEIGHTS, METHODS, OBSERVED
 from reap2gguf.terminal.help import PRUNE, option, together
 from reap2gguf.terminal.option_types import FilePath
+
+kept_option = option(
+    "--kept",
+    section=PRUNE,
+    type=FilePath,
+    metavar="FILE",
+    help="Keep the experts that a JSON file names: kept_experts.json of `prune`, or ids by layer.",
+)
 
 count_options = together(
     option(
@@ -54,6 +62,17 @@ mtp_option = option(
     help="Multi-token-prediction block: prune it like the layers, or drop it.",
 )
 
+repair_option = option(
+    "--repair",
+    section=PRUNE,
+    is_flag=False,
+    flag_value="ridge",
+    type=click.Choice(REPAIR_CHOICES),
+    default="none",
+    help="Fit the kept experts' down_proj to what all experts gave on the calibration text: ridge "
+    "(for --repair alone), or scale, which is one number per expert.",
+)
+
 dequantize_option = option(
     "--dequantize",
     section=PRUNE,
@@ -68,6 +87,7 @@ _RANKED_BY = (
 )
 
 pruning_options = together(
+    kept_option,
     count_options,
     option(
         "--method",
@@ -100,6 +120,7 @@ choose_text_option = option(
 )
 
 build_pruning_options = together(
+    kept_option,
     count_options,
     option(
         "--method",
@@ -113,5 +134,6 @@ build_pruning_options = together(
     choose_text_option,
     protect_options,
     mtp_option,
+    repair_option,
     dequantize_option,
 )

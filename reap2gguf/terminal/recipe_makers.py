@@ -86,7 +86,7 @@ def recipes_import(
     ik_llama.cpp's --custom-q, in lines or with commas; or a file with any of these, or - for
     standard input. With MODEL (a folder, a GGUF file, or a name on the Hub) the rules are compared
     with its tensors: it says how many each rule decides, which rules decide nothing, and what no
-    rule matches. Types that only ik_llama.cpp has are refused.
+    rule matches.
 
     \b
     Example:

@@ -30,7 +30,7 @@ from reap2gguf.terminal.compute_options import (
 from reap2gguf.terminal.console import say, terminal_progress
 from reap2gguf.terminal.help import CALIBRATION, PRUNE, WRITE, Number, command, option
 from reap2gguf.terminal.option_types import FilePath, FolderPath
-from reap2gguf.terminal.pruning_options import pruning_options
+from reap2gguf.terminal.pruning_options import pruning_options, repair_option
 
 
 @command()
@@ -95,26 +95,55 @@ def observe(
     "--observations",
     section=PRUNE,
     type=FilePath,
-    help="File that `observe` wrote; not for methods that read weights alone.",
+    help="File that `observe` wrote; not for methods that read weights alone, nor with --kept.",
 )
 @pruning_options
+@repair_option
+@calibration_options
+@compute_options
+@threads_option
 @option("-o", "--output", section=WRITE, type=FolderPath, required=True, help="Folder to write.")
 @follow_links_option
 @output_options
-def prune(model: str, observations: Path | None, output: Path, **pruning: Any) -> None:
+def prune(
+    model: str,
+    observations: Path | None,
+    output: Path,
+    spec: str,
+    samples: int | None,
+    max_length: int | None,
+    seed: int,
+    pack: bool | None,
+    **arguments: Any,
+) -> None:
     """Remove the least important experts.
 
-    Writes the pruned MODEL as a safetensors folder.
+    Writes the pruned MODEL as a safetensors folder. Options of calibration and of computing are for
+    --repair alone: nothing is read or computed without it.
 
     \b
     Example:
       reap2gguf prune ./Qwen3-30B-A3B --observations observations.safetensors \\
           --keep-experts 96 -o Qwen3-30B-A3B-REAP
+      reap2gguf prune ./Qwen3-30B-A3B --observations observations.safetensors \\
+          --method weighted_ean_sum --calibration text.txt --repair -o Qwen3-30B-A3B-repaired
       reap2gguf prune ./Qwen3-30B-A3B --method aimer -o Qwen3-30B-A3B-AIMER
+      reap2gguf prune ./Qwen3-30B-A3B --kept kept_experts.json -o Qwen3-30B-A3B-again
     """
 
     progress = terminal_progress()
-    selection = reap2gguf.prune(model, observations, output, **pruning, progress=progress).selection
+    calibration = CalibrationOptions(spec, samples, max_length, seed, pack)
+    names = "device", "memory", "spool", "dtype", "threads"
+    compute = {name: arguments.pop(name) for name in names}
+    selection = reap2gguf.prune(
+        model,
+        observations,
+        output,
+        calibration=calibration,
+        compute=collect_compute(compute),
+        **arguments,
+        progress=progress,
+    ).selection
     kept = f"keeps {selection.n_kept} of {selection.n_experts} experts per layer"
     say(f"{output}: {kept}", "result")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.layout import MANIFEST_FILE
+from reap2gguf.bundle.manifest import repair_record
 from reap2gguf.checkpoint.config import read_json, read_optional
 from reap2gguf.checkpoint.quantized.keys import sections_of
 from reap2gguf.errors import ArtifactError, CheckpointError, Reap2ggufError
@@ -27,6 +28,7 @@ from reap2gguf.verifying.facts import check_source_facts
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import Manifest
+    from reap2gguf.bundle.records import RepairRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.hub.source import Source
     from reap2gguf.progress import Progress
@@ -128,6 +130,16 @@ def read_kept(folder: Path) -> Kept:
     if not isinstance(layers, dict) or not 0 < len(layers) <= _MAX_KEPT_LAYERS:
         raise ArtifactError(f"{path}: kept_experts is {shown(layers)}, expected lists by layer")
     return dict(_layers(path, layers))
+
+
+def read_repair(folder: Path) -> RepairRecord | None:
+    """The repair in `kept_experts.json`; None without one. Raises ArtifactError."""
+    path = folder / KEPT_FILE
+    try:
+        values = read_json(path).get("repair")
+        return None if values is None else repair_record(values)
+    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{path}: repair is not a complete record ({shown(error)})") from error
 
 
 def _layers(path: Path, layers: dict[str, object]) -> Iterator[tuple[int, tuple[int, ...]]]:

@@ -28,6 +28,8 @@ from reap2gguf.files import is_own_file
 from reap2gguf.gguf_files.split import first_parts
 from reap2gguf.messages import one_line
 from reap2gguf.pruning.write import KEPT_FILE, companion_files
+from reap2gguf.verifying import repaired
+from reap2gguf.verifying.against_source import read_repair
 from reap2gguf.verifying.context import (
     Check,
     Opened,
@@ -191,8 +193,13 @@ def _check_pruned_folder(
         )
     pruned = source.pruned_by_record(folder)
     found.violations += pruned.violations
-    if pruned.view is not None:
-        found.violations += check_pruned(folder, pruned.view, progress, n_threads)
+    view = pruned.view
+    if view is not None and (repair := read_repair(folder)) is not None:
+        found.take(repaired.check_repaired(repair, *opened, True), folder.name)
+        found.not_checked.append(repaired.NOT_REPEATED)
+        view = repaired.with_repaired(view, repair, opened[0])
+    if view is not None:
+        found.violations += check_pruned(folder, view, progress, n_threads)
         found.reach(Level.EXACT, shards)
 
 
@@ -250,7 +257,9 @@ def _check_both(check: Check, hf: Path | None, gguf: Path | None) -> None:
         if opened is not None:
             check.take(_check_hf_contents(check, opened, pruned.view), opened[0].folder.name)
         reference: Reference | None = opened
-        if reference is None and pruned.view is not None:
+        if reference is None and check.manifest.pruning.repair is not None:
+            found.not_checked.append(repaired.NEEDS_FOLDER)
+        elif reference is None and pruned.view is not None:
             reference = (pruned.view, pruned.view.model)
         if reference is not None:
             _check_plan(check, reference)
@@ -262,6 +271,7 @@ def _check_both(check: Check, hf: Path | None, gguf: Path | None) -> None:
     else:
         found.not_checked.append("cards and Modelfile not compared: the manifest is not sound")
     check.take(check_options(check.manifest), MANIFEST_FILE)
+    check.take(repaired.check_option(check.manifest), MANIFEST_FILE)
     _say_what_is_missing(check, hf, gguf, reference)
 
 
@@ -295,8 +305,14 @@ def _check_hf_contents(check: Check, opened: Opened, view: PrunedView | None) ->
     yield from check_hf_facts(check.manifest, checkpoint, model)
     yield from check_shards(checkpoint)
     yield from check_config_text(checkpoint)
-    if not check.strictness.reads_values:
+    repair, reads_values = check.manifest.pruning.repair, check.strictness.reads_values
+    if repair is not None:
+        yield from repaired.check_repaired(repair, checkpoint, model, reads_values)
+    if not reads_values:
         return
+    if repair is not None:
+        check.found.not_checked.append(repaired.NOT_REPEATED)
+        view = None if view is None else repaired.with_repaired(view, repair, checkpoint)
     if view is None:
         yield from check_folder(checkpoint, model, check.progress, check.n_threads)
     else:

@@ -24,19 +24,19 @@ from reap2gguf.bundle.layout import (
 )
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.checkpoint.quantized.keys import WRITTEN_AS_BF16
-from reap2gguf.choosing.names import AUTO, BUILD_METHODS
-from reap2gguf.choosing.rule import best
 from reap2gguf.errors import RecipeError
 from reap2gguf.ggml import UNWEIGHTED_TYPES
 from reap2gguf.gguf_files.split import SplitHeader, part_name
 from reap2gguf.messages import shown
 from reap2gguf.models.side_values import side_files
 from reap2gguf.options import DEQUANTIZE_CHOICES, DEVICES, DTYPES, MTP_CHOICES
-from reap2gguf.pruning.methods import METHODS, OBSERVED
+from reap2gguf.pruning.methods import OBSERVED, RECORDED
 from reap2gguf.pruning.quantization import pruned_quantization
 from reap2gguf.quantizing.file_types import mixture_named
 from reap2gguf.quantizing.recipe import Recipe, parse_recipe
 from reap2gguf.quantizing.resolve import resolve
+from reap2gguf.verifying.choice import asked_candidates, asked_methods, check_choice
+from reap2gguf.verifying.protected import check_asked, check_protected
 from reap2gguf.verifying.report import Level, passed_file, passed_folder, passed_summary
 
 if TYPE_CHECKING:
@@ -58,10 +58,10 @@ def check_record(manifest: Manifest) -> Iterator[str]:
     """
     pruning, calibration = manifest.pruning, manifest.calibration
     yield from _check_kept(pruning)
-    methods = METHODS if pruning.n_kept < pruning.n_experts else (NO_METHOD,)
+    methods = RECORDED if pruning.n_kept < pruning.n_experts else (NO_METHOD,)
     if pruning.method not in methods:
         yield _wrong("pruning.method", pruning.method, f"one of {', '.join(methods)}")
-    yield from _check_choice(manifest)
+    yield from check_choice(manifest)
     observed_here = pruning.method in OBSERVED and pruning.observations_file is None
     if calibration.components and observed_here:
         held = manifest.choice.held_out if manifest.choice else None
@@ -81,19 +81,6 @@ def check_record(manifest: Manifest) -> Iterator[str]:
         )
 
 
-def _check_choice(manifest: Manifest) -> Iterator[str]:
-    """The method that was taken, against the rule and what was measured."""
-    choice = manifest.choice
-    if choice is None:
-        return
-    taken, method = choice.chosen, manifest.pruning.method
-    yield from _differs("pruning.method", method, taken, "its choice")
-    yield from _differs("choice.chosen", taken, best(choice.candidates).name, "the rule")
-    for one in choice.candidates:
-        if one.name not in OBSERVED:
-            yield _wrong("choice.candidates", one.name, f"one of {', '.join(OBSERVED)}")
-
-
 def check_options(manifest: Manifest) -> Iterator[str]:
     """The options that `--like` takes over, against what came of them."""
     options, pruning, calibration = manifest.options, manifest.pruning, manifest.calibration
@@ -102,12 +89,10 @@ def check_options(manifest: Manifest) -> Iterator[str]:
     expected: dict[str, tuple[Any, ...]] = {
         "keep_experts": (None, pruning.n_kept),
         "name": (None, manifest.name),
-        "method": _asked_methods(manifest),
-        "candidates": (_candidates(manifest),),
+        "method": asked_methods(manifest),
+        "candidates": asked_candidates(manifest),
         "dequantize": DEQUANTIZE_CHOICES if WRITTEN_AS_BF16 in manifest.caveats else (None,),
         "mtp": MTP_CHOICES if pruning.mtp.state == "none" else (_MTP_OPTIONS[pruning.mtp.state],),
-        "protect": (None,) if pruning.protected and not options.protect else (options.protect,),
-        "protect_super_experts": (options.protect_super_experts or bool(pruning.super_experts),),
         "observations": (pruning.observations_file,),
         "imatrix": (None if calibration.is_of_observations else calibration.imatrix_file,),
         "imatrix_from": calibration.asked_from(pruning.method == NO_METHOD),
@@ -128,6 +113,7 @@ def check_options(manifest: Manifest) -> Iterator[str]:
             "chunk": (max(options.chunk, n_tokens),),
             "imatrix_chunks": (None, max(options.imatrix_chunks or 0, n_chunks)),
         }
+    yield from check_asked(pruning, options)
     for name, values in expected.items():
         if (found := getattr(options, name)) not in values:
             yield _wrong(f"options.{name}", found, " or ".join(map(str, values)))
@@ -135,20 +121,6 @@ def check_options(manifest: Manifest) -> Iterator[str]:
         ratio = Decimal(str(options.compression))  # as typed, as `choose_target` reads it
         kept = pruning.n_experts - math.floor(pruning.n_experts * ratio)
         yield from _differs("options.compression keeps", kept, pruning.n_kept, "pruning.n_kept")
-
-
-def _asked_methods(manifest: Manifest) -> tuple[str, ...]:
-    """The methods that may have been asked for."""
-    if manifest.choice is not None:
-        return (AUTO,)
-    method = manifest.pruning.method
-    return BUILD_METHODS if method == NO_METHOD else (method,)
-
-
-def _candidates(manifest: Manifest) -> str | None:
-    """The candidates as the options record them."""
-    choice = manifest.choice
-    return None if choice is None else ",".join(one.name for one in choice.candidates)
 
 
 def _check_kept(pruning: PruningRecord) -> Iterator[str]:
@@ -160,13 +132,7 @@ def _check_kept(pruning: PruningRecord) -> Iterator[str]:
             yield _wrong(f"pruning.kept of layer {layer}", f"{len(ids)} experts", f"{n_kept}")
         elif any(a >= b for a, b in pairwise(ids)):
             yield _wrong(f"pruning.kept of layer {layer}", list(ids), "ascending numbers")
-    for name, protected in (
-        ("protected", pruning.protected),
-        ("super_experts", pruning.super_experts),
-    ):
-        for layer, ids in protected.items():
-            if missing := sorted(set(ids) - set(pruning.kept.get(layer, ()))):
-                yield _wrong(f"pruning.{name} of layer {layer}", missing, "experts that were kept")
+    yield from check_protected(pruning)
 
 
 def _check_names(manifest: Manifest, record: GgufRecord) -> Iterator[str]:
@@ -322,7 +288,7 @@ def check_passed(manifest: Manifest, n_stored: int | None) -> Iterator[str]:
     """
     found = manifest.verification.get("passed")
     passed = found if isinstance(found, list) else []
-    lines = [] if n_stored is None else [[passed_folder(n_stored)]]
+    lines = [] if n_stored is None else [[passed_folder(n_stored, manifest.pruning.n_repaired)]]
     records: list[GgufRecord | SideRecord] = [*manifest.gguf, *manifest.side_files]
     for record in records:
         levels = (Level.VALUES, Level.EXACT)  # a build chooses by the size of a file

@@ -107,8 +107,13 @@ def with_error(violations: Iterator[str], where: str) -> Iterator[str]:
         yield f"{where}: cannot be read ({error.strerror or error})"
 
 
-def passed_folder(n_tensors: int) -> str:
+def passed_folder(n_tensors: int, n_repaired: int = 0) -> str:
     """What a build has verified of the safetensors, as its manifest records it."""
+    if n_repaired:
+        return (
+            f"safetensors: {n_tensors - n_repaired} tensors equal the source's, and {n_repaired} "
+            "what the repair gave, byte for byte"
+        )
     return f"safetensors: {n_tensors} tensors equal the source's, byte for byte"
 
 

@@ -13,6 +13,7 @@ from reap2gguf.api.builds import estimate, options_like
 from reap2gguf.building import pipeline, stages
 from reap2gguf.building.choose_stage import Choose
 from reap2gguf.building.plan import make_plan
+from reap2gguf.building.repair_stage import Repair
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.observing.budget import Budget, Need, fit
@@ -278,3 +279,87 @@ def test_a_plan_counts_the_memory_that_the_stage_takes(
     named = needs_on(make_plan(options(built.model, tmp_path, keep_experts=4)))
     assert named.choosing is None
     assert named.stages["choose"] == 0
+
+
+REPAIRED: dict[str, Any] = {
+    "candidates": ("reap", "best+repair"),
+    "calibration": CalibrationOptions(str(PROSE), samples=40, max_length=64),
+}
+
+
+@pytest.fixture(scope="module")
+def repaired(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    output = tmp_path_factory.mktemp("repaired")
+    return Built(built.model, output, build(built.model, output, **REPAIRED))
+
+
+def test_the_best_candidate_may_be_repaired(repaired: Built, tmp_path: Path) -> None:
+    manifest, choice = repaired.manifest, repaired.manifest.choice
+    assert choice is not None
+    assert [one.name for one in choice.candidates] == ["reap", "reap+repair"]
+    assert choice.chosen == "reap+repair"
+    assert manifest.pruning.method == "reap"
+    assert manifest.pruning.repair is not None
+    assert manifest.pruning.repair.kind == "ridge"
+    # the same model as one that is repaired because that was asked for, on the same rows
+    given = repaired.result.gguf_folder / "observations.safetensors"
+    named = build(
+        repaired.model,
+        tmp_path,
+        observations=given,
+        **REPAIRED | {"candidates": ("reap",), "repair": "ridge"},
+    )
+    assert named.manifest.pruning.repair == manifest.pruning.repair
+    assert named.hf_folder is not None
+    assert repaired.result.hf_folder is not None
+    for name in ("model.safetensors",):
+        made = (named.hf_folder / name).read_bytes()
+        assert made == (repaired.result.hf_folder / name).read_bytes()
+
+
+def test_a_bundle_with_a_repair_that_was_chosen_verifies(repaired: Built) -> None:
+    with open_source(str(repaired.model), Silent()) as source:
+        strict = Strictness(is_exact=True, source=source)
+        assert verify_bundle(repaired.result.gguf_folder, 2, Silent(), strict).violations == ()
+    manifest = repaired.manifest
+    without = replace(manifest, pruning=replace(manifest.pruning, repair=None))
+    assert any("pruning.repair is None" in line for line in check_record(without))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", [Choose, Repair, stages.Export])
+def test_an_interrupted_build_with_a_repair_makes_the_same(
+    repaired: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: Any
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, where)
+        with pytest.raises(KeyboardInterrupt):
+            build(repaired.model, tmp_path, **REPAIRED)
+    result = build(repaired.model, tmp_path, **REPAIRED)
+    reused = stages_reused(result)
+    assert reused["choose"] == (where is not Choose)
+    assert reused["repair"] == (where is stages.Export)
+    assert contents(result) == contents(repaired.result)
+
+
+def test_a_repair_that_is_not_taken_leaves_nothing(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worst = max
+    monkeypatch.setattr(
+        "reap2gguf.choosing.figures.best",
+        lambda found: worst(found, key=lambda one: one.held_out.divergence.value),
+    )
+    monkeypatch.setattr("reap2gguf.verifying.choice.best", lambda found: found[0])
+    result = build(built.model, tmp_path, **REPAIRED)
+    assert result.manifest.choice is not None
+    assert result.manifest.choice.chosen == "reap"
+    assert result.manifest.pruning.repair is None
+    assert "repair" not in stages_reused(result)
+
+
+def test_too_few_rows_for_a_repair_are_a_note(built: Built, tmp_path: Path) -> None:
+    result = build(built.model, tmp_path, candidates=("reap", "best+repair"))
+    assert result.manifest.choice is not None
+    assert [one.name for one in result.manifest.choice.candidates] == ["reap"]
+    assert list(check_options(result.manifest)) == []

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from reap2gguf.api.builds import estimate
 from reap2gguf.artifacts.observations import Observations
-from reap2gguf.building import pipeline, record, stages, workdir
+from reap2gguf.building import pipeline, record, stages, text_stage, workdir
 from reap2gguf.building.needs.room import room_needs
 from reap2gguf.building.plan import make_plan
 from reap2gguf.building.workdir import Workdir
@@ -146,7 +146,7 @@ def test_a_demand_to_start_over_outlives_an_interruption(
 ) -> None:
     build(tiny, tmp_path / "out")
     with monkeypatch.context() as patch:
-        refuse_at(patch, stages, "read_texts")
+        refuse_at(patch, text_stage, "read_texts")
         with pytest.raises(KeyboardInterrupt):
             build(tiny, tmp_path / "out", fresh=True)
     with monkeypatch.context() as patch:

@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.choosing.measure import Measurement
+from reap2gguf.choosing.measure import Chooser, Measurement
 from reap2gguf.choosing.texts import MeasuredText, scored_half
 from reap2gguf.evaluating.engine import evaluate_variants
+from reap2gguf.evaluating.scores import Scores
 from reap2gguf.models.table import describe
 from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import Silent
@@ -51,11 +52,14 @@ def test_figures_are_those_of_whole_models(tmp_path: Path) -> None:
             "last": dict.fromkeys(model.facts.moe_layers, (4, 5, 6, 7)),
             "same": dict.fromkeys(model.facts.moe_layers, (0, 1, 2, 3)),
         }
-        asked = Measurement(source, model, kept, *texts)
-        assert [one.name for one in asked.variants] == ["source", "first", "last"]
         compute = ComputeOptions(device="cpu", threads=1)
-        scores = evaluate_variants(asked.variants, asked.rows, asked.pairs, compute, Silent())
-        found = asked.choice(scores)
+
+        def evaluate(asked: Measurement) -> Scores:
+            assert [one.name for one in asked.variants] == ["source", "first", "last"]
+            return evaluate_variants(asked.variants, asked.rows, asked.pairs, compute, Silent())
+
+        found, seconds = Chooser(source, model, kept, *texts).choose(evaluate, None)
+        assert not seconds
         for name in ("first", "last"):
             (tmp_path / name).mkdir()
             view = PrunedView(source, model, kept[name])

@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import quants
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.exporting import device_blocks
 from reap2gguf.exporting.row_ranges import BlockMaker
 from reap2gguf.fitting.errors_table import TYPES, Cache, Where, measure, sampled_rows, types_for
 from reap2gguf.fitting.fitted import free_tensors
@@ -20,8 +21,9 @@ from reap2gguf.gguf_files.rows import read_rows, rows_per_matrix
 from reap2gguf.models.description import GgufTensor, Slab
 from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
-from reap2gguf.quantizing.quantizer import load_quantizer
+from reap2gguf.quantizing.quantizer import Quantizer, load_quantizer
 from tests.exporting.files import random_imatrix
+from tests.exporting.test_device_blocks import FakeGpu, with_kernels
 from tests.tiny import TinyQwen3Moe
 
 ONE = Where("cpu", 1)
@@ -62,6 +64,25 @@ def test_errors_are_those_of_the_products(maker: tuple[BlockMaker, list[GgufTens
         for name, amount in lost.items():
             # the rows of a large tensor are a sample
             assert found[tensor.name][name] == pytest.approx(amount / whole, rel=0.1), tensor.name
+
+
+@pytest.mark.parametrize("odd", [0, 3])
+def test_a_gpu_makes_the_same_table(
+    maker: tuple[BlockMaker, list[GgufTensor]], odd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in quantizes: libggml behind the interface of a GPU; odd rows it leaves to others."""
+    blocks, tensors = maker
+    monkeypatch.setattr(Quantizer, "is_reference", True)
+    blocks = replace(blocks, quantizer=with_kernels(0))
+    wanted = measure(blocks, tensors, SOME, ONE, Silent(), {})
+    monkeypatch.setattr(device_blocks, "load_gpu", lambda: gpu)
+    gpu = FakeGpu(odd)
+    found = measure(blocks, tensors, SOME, Where("cuda", 2), Silent(), {})
+    assert found == wanted
+    assert {one for one, _ in gpu.prepared} == {*SOME}
+    # the runs of a tensor are one batch, or as many as have one type of values
+    assert len(gpu.batch_rows) == len(tensors)
+    assert gpu.is_closed
 
 
 def test_what_is_known_is_not_measured(maker: tuple[BlockMaker, list[GgufTensor]]) -> None:

@@ -118,7 +118,7 @@ def test_tensors_without_experts_are_measured_once(
 
 
 def test_what_does_not_fit_is_said(parts: Parts) -> None:
-    found = parts.weigh(target_size=150_000, chunks=2)
+    found = parts.weigh(target_size=125_000, chunks=2)
     whole = found.candidates[0]
     assert whole.quantizing is None
     assert "pass at least --target-size" in whole.problem
@@ -142,7 +142,7 @@ def test_what_is_refused(parts: Parts, tmp_path: Path) -> None:
 def test_the_command(parts: Parts) -> None:
     base = ["recipes", "budget", parts.model, "--observations", parts.observations]
     base += ["--imatrix", parts.imatrix, "--chunks", "2", "--device", "cpu"]
-    sized = [*base, "--target-size", "150000B"]
+    sized = [*base, "--target-size", "125000B"]
     text = run(*sized).output
     assert "does not fit" in text
     assert text.count("best") == 1

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType as Type
 
 from reap2gguf.gguf_files.reader import GgufHeader, read_gguf_header
+from reap2gguf.gguf_files.tensor_types import type_of_name
 from reap2gguf.importing.from_file import FoundRecipe
 from reap2gguf.models.description import GgufTensor, ModelFacts
 from reap2gguf.models.from_gguf import model_from_gguf
@@ -33,7 +33,7 @@ class Unquantized:
     def with_types(self, types: Mapping[str, str], **metadata: Any) -> GgufHeader:
         """The header of a file with these types, of another program."""
         tensors = {
-            name: replace(info, tensor_type=Type[types.get(name, info.tensor_type.name)])
+            name: replace(info, tensor_type=type_of_name(types.get(name, info.tensor_type.name)))
             for name, info in self.header.tensors.items()
         }
         values = {**self.header.metadata, **metadata}

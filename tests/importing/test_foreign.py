@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from reap2gguf.errors import RecipeError
 from reap2gguf.importing.foreign import ForeignRecipe, read_foreign
+from reap2gguf.importing.imported import imported
 from reap2gguf.quantizing.file_types import MIXTURES
+from reap2gguf.quantizing.recipe import parse_recipe
 from tests.importing.test_command_line import SCRIPT
 
 
@@ -99,7 +101,7 @@ def test_the_file_type(text: str, expected: str) -> None:
 
 def test_another_base() -> None:
     assert read_foreign("a=q8_0", "here", "unsloth-q4kxl").base.name == "unsloth-q4kxl"
-    found = read_foreign("llama-quantize --custom-q a=q8_0 m.gguf IQ4_KSS", "here", "q5_k_m")
+    found = read_foreign("llama-quantize --custom-q a=q8_0 m.gguf Q8_KV", "here", "q5_k_m")
     assert found.base.name == "Q5_K_M"
     with pytest.raises(RecipeError, match=r"--base my.toml: expected a name that"):
         read_foreign("a=q8_0", "here", "my.toml")
@@ -118,6 +120,20 @@ def test_types_of_another_order() -> None:
     assert "q4_k_r4 became q4_k: the same values" in found.notes[0]
 
 
+def test_types_of_ik_llama_cpp() -> None:
+    """They are for files that ik_llama.cpp alone loads, whose labels say so."""
+    found = read_foreign("attn_v=q8_0,ffn=iq4_ks_r4,attn=iq4_ks,embd=iq5_k", "here")
+    kinds = [one.rule.tensor_type.name for one in found.rules]
+    assert kinds == ["Q8_0", "IQ4_KS", "IQ4_KS", "IQ5_K"]
+    assert found.base.name == "IQ4_KS"
+    recipe = imported(found, "mine")
+    assert recipe.recipe.label == "ik-IQ4_KS_MIX"
+    again = parse_recipe(recipe.as_toml(), "again", "again.toml")
+    assert [rule.tensor_type.name for rule in again.rules][:4] == kinds
+    assert again.is_ik
+    assert base("llama-quantize --custom-q a=iq4_ks m.gguf IQ4_KSS") == "IQ4_KSS"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -130,14 +146,15 @@ def test_types_of_another_order() -> None:
         ("\na(=q8_0", r"here, line 2: pattern 'a\(' is not a regular expression on tensor names"),
         ("a=q1_0", "here, line 1: a: type 'q1_0' is not supported: it holds only the sign"),
         (
-            "a=iq4_ks,b=iq4_ks,c=iq5_k_r4",
-            r"here: iq4_ks \(2 rules\), iq5_k_r4 exist only in ik_llama.cpp, .*; write types of",
+            "a=q6_0,b=q6_0,c=q8_k_r8",
+            r"here: q6_0 \(2 rules\), q8_k_r8 exist only in ik_llama.cpp, .*; write another type",
         ),
-        ("a=q6_0", "q6_0 exists only in ik_llama.cpp"),
-        ("--output-tensor-type iq6_k m.gguf Q4_0", "--output-tensor-type: iq6_k exists only in"),
+        ("a=iq2_bn", "iq2_bn exists only in ik_llama.cpp"),
+        ("--output-tensor-type q6_0 m.gguf Q4_0", "--output-tensor-type: q6_0 exists only in"),
+        ("llama-quantize m.gguf Q8_KV", "file type 'Q8_KV' exists only in .*; pass --base with"),
         (
-            "llama-quantize m.gguf IQ4_KSS",
-            "file type 'IQ4_KSS' exists only in .*; pass --base with",
+            "llama-quantize --custom-q a=iq4_ks m.gguf Q4_K_M",
+            "iq4_ks exists only in .*, and a file of Q4_K_M is one for llama.cpp; pass --base IQ4_",
         ),
         ("llama-quantize m.gguf Q1_0", "file type 'Q1_0' is not supported: it holds only the"),
         ("llama-quantize --tensor-type a=q8_0 m.gguf", "names no file type such as Q4_K_M"),

@@ -133,6 +133,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     [
         pytest.param(one, marks=pytest.mark.slow if one in _SLOW_TO_START else ())
         for one in shipped_recipes()
+        if not load_recipe(one).is_ik  # another program's library makes those
     ],
 )
 def test_own_files(own: Callable[[str], Path], name: str) -> None:
@@ -263,6 +264,22 @@ def test_types_that_no_recipe_decides(model: Unquantized) -> None:
     assert [*found.fixed] == ["output_norm.weight"]
     assert found.same_as == ()
     assert any("output_norm.weight is F16 in the file" in one for one in found.notes())
+
+
+@pytest.mark.parametrize("name", ["IQ4_K", "IQ4_KS", "ik-iq4k"])
+def test_types_of_ik_llama_cpp(model: Unquantized, name: str) -> None:
+    recipe = load_recipe(name)
+    types = model.types_by(recipe.source)
+    header = model.with_types(types)
+    found = recipe_of_header(header, "Tiny-IQ4_K_L.gguf")
+    assert is_exact(found, header, model)
+    assert found.rules == ()
+    assert found.recipe.label == "ik-IQ4_K_L"
+    some = [one for one in types if one.endswith("ffn_down_exps.weight")]
+    changed = model.with_types({**types, **dict.fromkeys(some, "IQ5_K")})
+    other = recipe_of_header(changed, "x.gguf")
+    assert is_exact(other, changed, model)
+    assert 1 <= len(other.rules) <= 2
 
 
 def test_another_architecture_is_one_line(model: Unquantized) -> None:

@@ -98,6 +98,11 @@ def _dropped(kept: list[int]) -> int:
     return next(expert for expert in range(len(kept) + 1) if expert not in kept)
 
 
+def _protect(name: str, which: Callable[[list[int]], int]) -> Change:
+    """Another protected expert in layer 0."""
+    return lambda m: m["pruning"].update({name: {"0": [which(m["pruning"]["kept"]["0"])]}})
+
+
 def _other_recipe(manifest: dict[str, Any]) -> None:
     """The recipe of one file as that of the other, whose types stay."""
     manifest["gguf"][1]["recipe_source"] = manifest["gguf"][0]["recipe_source"]
@@ -129,6 +134,13 @@ _MORE: list[tuple[str, Change]] = [
     ("kept: layers exchanged", _kept(lambda k: k.update({"0": k["1"], "1": k["0"]}))),
     ("kept: a layer's number in other digits", _kept(lambda k: k.update({"1_0": k["1"]}))),
     ("kept: empty", _kept(lambda kept: kept.clear())),
+    ("protected: an expert that is gone", _protect("protected", lambda kept: _dropped(kept))),
+    ("protected: one that nobody named", _protect("protected", lambda kept: kept[0])),
+    ("protected: beyond the last expert", _protect("protected", lambda kept: 8)),
+    ("super experts: one that is gone", _protect("super_experts", lambda kept: _dropped(kept))),
+    ("super experts: nobody asked for any", _protect("super_experts", lambda kept: kept[0])),
+    ("options.protect names another", lambda m: m["options"].update(protect="0:0-1")),
+    ("options.protect names nothing", lambda m: m["options"].update(protect="zero")),
     ("recipe_source of the other file", _other_recipe),
     ("recipe_source empty", lambda m: m["gguf"][1].update(recipe_source="")),
     ("files exchanged", _exchange_files),

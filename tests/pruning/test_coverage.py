@@ -27,8 +27,8 @@ def seen(*counts: list[int]) -> Observations:
 
 def test_the_numbers_of_several_layers() -> None:
     observations = seen([0, 99, 100, 500], [700, 800, 0, 900])
-    assert coverage(observations) == Coverage(8, 0, 300, 2, 3)
-    assert coverage(observations, [1]) == Coverage(4, 0, 750, 1, 1)
+    assert coverage(observations) == Coverage(8, 0, 300, 2, 3, 900)
+    assert coverage(observations, [1]) == Coverage(4, 0, 750, 1, 1, 900)
     assert coverage(observations, []) == Coverage(0, 0, 0, 0, 0)
     record = coverage_record(observations, {0: (1, 2, 3), 1: (2, 3)})
     assert record == CoverageRecord(

@@ -37,7 +37,7 @@ def test_shares_of_scores() -> None:
         seen(layer([1, 2, 1, 0], [4, 6, 2, 0]), layer([1] * 4, [1] * 4)), "reap", (0, 0.25, 0.5)
     )
     assert [one.shares for one in found.layers] == [(1, 1, 7 / 9), (1, 0.75, 0.5)]
-    assert found.layers[0].coverage == Coverage(4, 0, 1, 1, 4)
+    assert found.layers[0].coverage == Coverage(4, 0, 1, 1, 4, 2)
     assert found.means == (1, 0.875, (7 / 9 + 0.5) / 2)
     assert found.lowest == (1, 0.75, 0.5)
     # means with 4, 3, 2 experts: 1, 0.875, 0.64

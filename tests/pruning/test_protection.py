@@ -29,7 +29,7 @@ __all__ = ["facts"]  # a fixture
 
 
 def named(text: str, facts: ModelFacts) -> dict[int, tuple[int, ...]]:
-    return named_experts(read_pinned(text), facts)
+    return named_experts(read_pinned(text), facts.moe_layers, facts.n_experts)
 
 
 def test_what_a_text_names(facts: ModelFacts) -> None:

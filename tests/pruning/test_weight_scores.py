@@ -19,7 +19,10 @@ from reap2gguf.pruning import weight_scores as module
 from reap2gguf.pruning.methods import FROM_WEIGHTS
 from reap2gguf.pruning.select import Scores
 from reap2gguf.pruning.weight_scores import weight_scores
+from tests.quantized import as_fp8, as_packed
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
+
+_PARTS = ("gate", "up", "down")
 
 
 def found(folder: Path, method: str, n_threads: int = 1) -> dict[int, Scores]:
@@ -85,6 +88,29 @@ def test_the_block_of_multi_token_prediction_has_scores(method: str, tmp_path: P
     n_layers = len(spec.layers)
     assert list(scores) == [*range(n_layers), n_layers]
     assert all(len(set(values.tolist())) == spec.n_experts for values in scores.values())
+
+
+QUANTIZED = [as_fp8(TinyQwen3Moe(), (24, 20)), as_packed(TinyQwen3Moe())]
+
+
+@pytest.mark.parametrize("method", FROM_WEIGHTS)
+@pytest.mark.parametrize("case", QUANTIZED, ids=lambda case: case.scheme)
+def test_quantized_weights_are_decoded(case: Any, method: str, tmp_path: Path) -> None:
+    folder = case.write(tmp_path / "model")
+    scores = found(folder, method)
+    with Checkpoint.open(folder) as opened:
+        for layer, values in scores.items():
+            prefix = f"model.layers.{layer}.mlp."
+            router = opened.read_float32(prefix + "gate.weight").astype(np.float64)
+            for expert, score in enumerate(values):
+                names = [f"{prefix}experts.{expert}.{part}_proj.weight" for part in _PARTS]
+                gate, up, down = (opened.read_float32(one).astype(np.float64) for one in names)
+                every = np.concatenate([gate.ravel(), up.ravel(), down.ravel()])
+                right = 1 - np.abs(every).mean() / np.sqrt(np.square(every).mean())
+                if method == "weight_norms":
+                    first = np.hypot(np.linalg.norm(gate), np.linalg.norm(up))
+                    right = first * np.linalg.norm(down) * np.linalg.norm(router[expert])
+                assert score == pytest.approx(right, rel=1e-9)
 
 
 def changed(folder: Path, expert: int, value: float) -> None:

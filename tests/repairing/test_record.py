@@ -10,7 +10,8 @@ import pytest
 
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import ArtifactError
-from reap2gguf.repairing.record import LayerFit, RepairFolder, tensors_sha256
+from reap2gguf.repairing.fit import LayerFit
+from reap2gguf.repairing.record import RepairFolder, tensors_sha256
 
 FIT = LayerFit(0.1, 0.5, 0.25, 700, 100)
 

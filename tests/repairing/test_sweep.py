@@ -16,9 +16,10 @@ from reap2gguf.options import Resume
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
+from reap2gguf.repairing.fit import LayerFit
 from reap2gguf.repairing.gram import WAYS
 from reap2gguf.repairing.limits import LEAST_ROWS, repaired_layers
-from reap2gguf.repairing.record import LayerFit, RepairFolder
+from reap2gguf.repairing.record import RepairFolder
 from reap2gguf.repairing.view import RepairedView
 from tests.families import deepseek, glm, granite, lfm2, mixtral, olmoe, qwen2, qwen3_next
 from tests.repairing.repairs import CPU, files, pruned_view, repaired, rows_of, values

@@ -9,7 +9,8 @@ import pytest
 
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CheckpointError
-from reap2gguf.repairing.record import LayerFit, RepairFolder
+from reap2gguf.repairing.fit import LayerFit
+from reap2gguf.repairing.record import RepairFolder
 from reap2gguf.repairing.view import RepairedView
 from tests.repairing.repairs import pruned_view
 from tests.tiny import TinyQwen3Moe

@@ -93,10 +93,10 @@ def test_fit_makes_a_recipe_of_this_size(tmp_path: Path) -> None:
     save_gguf(random_imatrix(gguf_tensors(tmp_path / "model")), tmp_path / "imatrix.gguf")
     given = ("recipes", "fit", tmp_path / "model", "--imatrix", tmp_path / "imatrix.gguf")
     path = tmp_path / "mine.toml"
-    one_line(run(*given, "-o", path), "pass --target-size or --target-bpw, one of them")
+    one_line(run(*given, "-o", path), "pass one of --target-size, --target-bpw and --fit")
     both = ("--target-size", "1GiB", "--target-bpw", 4, "-o", path)
-    one_line(run(*given, *both), "pass --target-size or --target-bpw, one of them")
-    one_line(run(*given, "--target-size", "1KiB", "-o", path), "pass a larger target")
+    one_line(run(*given, *both), "pass one of --target-size, --target-bpw and --fit")
+    one_line(run(*given, "--target-size", "1KiB", "-o", path), "pass at least --target-size")
     done = run(*given, "--target-bpw", 6, "--threads", 1, "-o", path)
     assert done.exit_code == 0, done.output
     assert f"{path}: a file of " in done.stdout

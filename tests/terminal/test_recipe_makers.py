@@ -123,9 +123,7 @@ def test_a_list_from_a_file_and_from_standard_input(tmp_path: Path) -> None:
 
 
 def test_errors_of_texts_are_one_line(tmp_path: Path) -> None:
-    one_line(
-        run("recipes", "import", "attn=iq4_ks"), "the text: iq4_ks exists only in ik_llama.cpp"
-    )
+    one_line(run("recipes", "import", "attn=q6_0"), "the text: q6_0 exists only in ik_llama.cpp")
     one_line(run("recipes", "import", "hello"), "'hello' is not PATTERN=TYPE")
     path = tmp_path / "x.recipe"
     path.write_bytes(b"a=q8_0\xff")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reap2gguf.gguf_files.tensor_types import row_bytes
+from reap2gguf.models.description import Expert
 from reap2gguf.observing.budget import MOST_OF_TIME, save_seconds
 from reap2gguf.pruning.write import companion_files
 
@@ -34,6 +35,7 @@ class DiskNeeds:
     spool: int  # hidden states that wait on the disk
     state: int  # one saved state of a calibration pass
     scoring: int = 0  # hidden states of all variants, on the disk while quality is measured
+    repaired: int = 0  # new weights of experts, beside the files until these are finished
     depth: int = 1  # layers that a batch goes through before its hidden states wait again
 
     @property
@@ -44,18 +46,19 @@ class DiskNeeds:
     @property
     def room_bytes(self) -> int:
         """What a build cannot do without, at its peak: saved states are left out."""
-        return max(self.final_bytes + self.scoring, self.hf + self.shared + self.spool)
+        most = max(self.final_bytes + self.scoring, self.hf + self.shared + self.spool)
+        return most + self.repaired
 
     @property
     def state_bytes(self) -> int:
         """More space, to save the progress of a calibration pass at any time."""
-        sweeping = self.hf + self.shared + self.spool + _STATES * self.state
+        sweeping = self.hf + self.shared + self.spool + _STATES * self.state + self.repaired
         return max(0, sweeping - self.room_bytes)
 
     @property
     def overlapping_bytes(self) -> int:
         """What stages need that overlap: the GGUF files are there while the second pass runs."""
-        return self.final_bytes + self.spool + self.states_bytes
+        return self.final_bytes + self.spool + self.states_bytes + self.repaired
 
     @property
     def states_bytes(self) -> int:
@@ -68,8 +71,9 @@ class DiskNeeds:
         for name, (seconds, n_layers) in sweeps.items():
             beside = self.spool + self.state * states_kept(seconds, n_layers, self.state)
             written = self.hf + (self.gguf if overlaps else 0)
-            peak = max(peak, self.shared + beside + (0 if name == "observe" else written))
-        return peak
+            made = 0 if name in ("observe", "repair") else written
+            peak = max(peak, self.shared + beside + made)
+        return peak + self.repaired
 
 
 def states_kept(seconds: float, n_layers: int, n_bytes: int) -> int:
@@ -114,10 +118,23 @@ def disk_needs(
         hf=plan.hf_bytes + companions + _CARD_BYTES if plan.writes_hf else 0,
         gguf=gguf,
         shared=texts + (observed if plan.observes else 0),
-        spool=sweeps.spool_bytes if plan.n_sweeps else 0,
+        # a repair keeps the rows of one layer as well: inputs and errors
+        spool=(3 if plan.repairs else 1) * sweeps.spool_bytes if plan.n_sweeps else 0,
+        repaired=_repaired_bytes(plan),
         scoring=max(0 if one is None else one.spool_bytes for one in (evaluation, choosing)),
         depth=1 if sweeps.budget is None else sweeps.budget.depth,
         state=sweeps.hidden_bytes if plan.n_sweeps else 0,
+    )
+
+
+def _repaired_bytes(plan: Plan) -> int:
+    """Bytes of the weights that a repair gives."""
+    if not plan.repairs:
+        return 0
+    return sum(
+        tensor.n_bytes
+        for name, tensor in plan.pruned.tensors.items()
+        if isinstance(role := plan.pruned.model.role(name), Expert) and role.projection == "down"
     )
 
 

@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import CoverageRecord, ImportanceRecord
 
 # stages
-ALL = ("texts", "observe", "choose", "prune", "imatrix", "fit", "export", "verify", "evaluate")
+ALL = (
+    *("texts", "observe", "choose", "repair", "prune"),
+    *("imatrix", "fit", "export", "verify", "evaluate"),
+)
 LONG = 12 * 3600.0  # seconds; a shorter way is looked for
 _FEWER = (512, 256, 128, 64, 32)  # rows
 _MENTIONED = 2**30  # bytes of hidden states, at least
@@ -150,7 +153,7 @@ class Estimate:
         facts = self.plan.model.facts
         return {
             name: (self.stages[name], facts.n_blocks)
-            for name in ("observe", "imatrix")
+            for name in ("observe", "repair", "imatrix")
             if self.stages[name]
         }
 

@@ -14,9 +14,11 @@ from reap2gguf.building.given_stage import importance_of
 from reap2gguf.building.needs.amount import is_small
 from reap2gguf.building.needs.estimate import ALL, KnownCoverage, Reused
 from reap2gguf.building.record import expert_tokens
-from reap2gguf.building.stage import Run, Stage
-from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts, needed
+from reap2gguf.building.repair_stage import Repair
+from reap2gguf.building.stage import Run, Stage, needed
+from reap2gguf.building.stages import Export, Importance, Observe, Prune
 from reap2gguf.building.standing import standing
+from reap2gguf.building.text_stage import ReadTexts
 from reap2gguf.building.verify_stage import Verify
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.errors import Reap2ggufError
@@ -26,6 +28,7 @@ from reap2gguf.pruning.coverage import (
     coverage_record,
     importance_record,
     observed_notes,
+    recorded_line,
     selection_notes,
 )
 from reap2gguf.pruning.view import PrunedView
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.pruning.select import Kept
 
-_BEFORE_EXPORT = ("texts", "observe", "choose", "prune", "imatrix")
+_BEFORE_EXPORT = ("texts", "observe", "choose", "repair", "prune", "imatrix")
 
 
 def find_reused(plan: Plan) -> Reused:
@@ -44,15 +47,16 @@ def find_reused(plan: Plan) -> Reused:
     What is damaged, or cannot be read, counts as not there: the build itself says so. Raises
     CalibrationError for small texts that a build would refuse.
     """
+    run = Run(plan, Workdir(plan.options.output, plan.name, plan.writes_hf), Silent(), ())
     try:
-        return _find(plan)
+        with run.held:
+            return _find(run)
     finally:
         plan.checkpoint.close()  # a plan holds no open files; a later read opens them again
 
 
-def _find(plan: Plan) -> Reused:
-    work = Workdir(plan.options.output, plan.name, plan.writes_hf)
-    run = Run(plan, work, Silent(), ())
+def _find(run: Run) -> Reused:
+    plan, work = run.plan, run.work
     if (finished := _in_finished_bundle(run)) is not None:
         return finished
     texts = ReadTexts(run) if plan.reads_texts else None
@@ -86,8 +90,9 @@ def _in_finished_bundle(run: Run) -> Reused | None:
     # what is added is not measured with the rest
     done = tuple(name for name in ALL if name != "fit" or run.plan.sized is not None)
     stages = (*_BEFORE_EXPORT, "evaluate") if missing else done
-    importance = found.manifest.calibration.imatrix_coverage
-    known = KnownCoverage(found.manifest.pruning.coverage, (), importance)
+    observed = found.manifest.pruning.coverage
+    lines = () if observed is None else (recorded_line(observed),)
+    known = KnownCoverage(observed, lines, found.manifest.calibration.imatrix_coverage)
     return Reused(stages, None, missing, written, found.is_up_to_date, known)
 
 
@@ -127,6 +132,11 @@ def _add_done(
     if kept is None:
         return known
     pruned = PrunedView(plan.checkpoint, plan.model, kept)
+    if plan.repairs:
+        if not _is_done(repaired := Repair(run, pruned, needed(texts))):
+            return known
+        done.append(repaired.name)
+        pruned = repaired.result.view
     if plan.writes_hf and _is_done(prune := Prune(run, pruned)):
         done.append(prune.name)
     importance = importance_of(run, pruned, texts, observed)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Recipes = Sequence[ResolvedRecipe]
 
 STAGES = (
-    *("start", "texts", "observe", "choose", "prune"),
+    *("start", "texts", "observe", "choose", "repair", "prune"),
     *("imatrix", "fit", "export", "verify", "evaluate", "finish"),
 )
 
@@ -91,6 +91,9 @@ _IMATRIX, _IMATRIX_ON_GPU = 1.05, 1.12
 _H100_FLOPS = 3.2e14
 _DELTANET_SHARE = 0.7  # of that, with flash-linear-attention
 _REFERENCE_SHARE = 0.35  # with transformers' own code
+_H100_FLOAT32 = 3.5e13  # the same in float32
+# A repair: passes over all layers in whole, and the strengths of the ridge that are tried.
+_REPAIR_PASSES, _ALPHAS = 2.5, 4
 DOWNLOAD_BYTES = 1e8  # per second, from the Hub, where nothing is known of the connection
 
 
@@ -140,6 +143,8 @@ def stage_seconds(
         found["observe"] = max(passing, waiting, spooling) + python * _FIRST_PASS
         found["observe"] += _GPU_START if host.gpu_factor is not None else 0.0
         waiting = _read_seconds(plan.pruned.n_bytes, host)
+    if plan.repairs:
+        found["repair"] = max(_repair(plan, sizes, amount, host), waiting) + python * _FIRST_PASS
     found["choose"] = _choose(plan, sizes, amount, host)
     if plan.writes_hf:
         copied = plan.hf_bytes
@@ -216,6 +221,23 @@ def _spooling(plan: Plan, n_tokens: int, amount: Amount, disk: DiskNeeds, host: 
     return (
         share * disk.spool * ceil(plan.model.facts.n_blocks / disk.depth) / host.speed.write_bytes
     )
+
+
+def _repair(plan: Plan, sizes: Sizes, amount: Amount, host: Host) -> float:
+    """Two passes over the pruned model and one over the source's experts, and the regressions."""
+    passing = _REPAIR_PASSES * _pass(plan, sizes, amount.n_tokens, amount, host)
+    if plan.repair == "scale":
+        return passing
+    facts = plan.model.facts
+    n = plan.target.n_kept * facts.expert_width
+    gram = n * n * amount.n_tokens  # of a triangle
+    solving = _ALPHAS * (n**3 // 3 + 4 * n * n * facts.hidden_size)
+    n_layers = len(facts.moe_layers) - facts.has_mtp
+    if host.gpu_factor is not None:
+        each = (gram / _H100_FLOPS + solving / _H100_FLOAT32) * host.gpu_factor
+    else:  # in float64
+        each = 2 * (gram + solving) / (_EFFICIENCY * host.speed.flops) / host.parallel
+    return passing + n_layers * each
 
 
 def _attention(plan: Plan, amount: Amount) -> int:

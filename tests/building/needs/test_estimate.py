@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import reap2gguf
-from reap2gguf.building import pipeline, stages
+from reap2gguf.building import pipeline, text_stage
 from reap2gguf.building.needs.amount import Amount
 from reap2gguf.building.needs.disk import states_kept
 from reap2gguf.building.needs.estimate import ALL, LONG, Estimate, Reused
@@ -57,12 +57,13 @@ def test_the_whole_is_the_longest_way_through_its_stages(tiny: Path, tmp_path: P
     shorter = min(needs.stages["prune"], needs.stages["imatrix"])
     assert needs.seconds == pytest.approx(sum(needs.stages.values()) - shorter)
     stages = dict.fromkeys(STAGES, 1.0) | {"prune": 5.0, "imatrix": 20.0, "export": 10.0}
+    stages["fit"] = 0.0  # no size was asked for
     on_gpu = replace(needs.host, gpu_factor=1.0, cores=16)
     assert critical_path(stages, on_gpu) == 7 + 20
     assert critical_path(stages | {"export": 30.0}, on_gpu) == 7 + 5 + 30
     assert critical_path(stages, replace(needs.host, cores=2)) == 7 + 20 + 10
     assert critical_path(stages, replace(needs.host, cores=1)) == sum(stages.values())
-    assert [name for name, seconds in needs.stages.items() if not seconds] == ["choose"]
+    assert [name for name, seconds in needs.stages.items() if not seconds] == ["choose", "fit"]
     assert needs.fits
     assert not needs.advice
 
@@ -165,11 +166,11 @@ def test_what_is_done_takes_no_time(
     assert needs.reused.stages == ("texts", "observe", "prune", "imatrix")
     nothing = [name for name, seconds in needs.stages.items() if not seconds]
     # the method was named, and so little text is not measured
-    assert set(nothing) == {*needs.reused.stages, "choose", "evaluate"}
+    assert set(nothing) == {*needs.reused.stages, "choose", "fit", "evaluate"}
     assert needs.seconds < whole.seconds
     assert needs.reused.written_bytes > plan.hf_bytes
     build(tiny, out)
-    assert needs_on(plan).reused.stages == ALL
+    assert set(ALL) - set(needs_on(plan).reused.stages) == {"fit"}, "no size was asked for"
     assert needs_on(plan).reused.is_up_to_date
     other = make_plan(options(tiny, out, compression=0.5))
     assert needs_on(other).reused.stages == ("texts", "observe")
@@ -311,7 +312,7 @@ def test_a_gpu_that_is_not_here(
     assert needs.problems == ["--device cuda: there is no GPU here; the figures are for an H100"]
     assert needs.machine.gpu is not None
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    refuse_at(monkeypatch, stages, "read_texts")
+    refuse_at(monkeypatch, text_stage, "read_texts")
     with pytest.raises(UsageError, match="torch sees no CUDA device"):
         pipeline.build(plan, Silent())
     assert not (tmp_path / "out").exists()
