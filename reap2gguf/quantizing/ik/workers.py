@@ -12,6 +12,7 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ EXTRA = "pip install 'reap2gguf[ik]'"
 _MODULE = "ik_llama_cpp"
 _LIBRARIES = ("libggml.so", "libggml.dylib")
 _MOST_VALUES = 2**22  # of a request: 16 MiB of float32
-_RANGE = b"range"
+_LARGE = 1000.0  # values that scales in F16 may not reach
 
 
 class RangeError(ValueError):
@@ -87,12 +88,21 @@ def check_installed(recipes: Iterable[ResolvedRecipe]) -> None:
 
 
 @dataclass
+class _Process:
+    """A worker that runs, and the file that its errors go to."""
+
+    running: subprocess.Popen[bytes]
+    errors: IO[bytes]
+    said: str = ""  # once it has ended
+
+
+@dataclass
 class IkWorkers:
     """The processes of one library."""
 
     library: Path
     most: int
-    _idle: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    _idle: list[_Process] = field(default_factory=list)
     _n_started: int = 0
     _change: threading.Condition = field(default_factory=threading.Condition)
 
@@ -107,7 +117,15 @@ class IkWorkers:
             head = (worker.QUANTIZE, tensor_type, len(sent), n_columns, n_bytes, bool(weights))
             answer = self._ask(head, [_raw(sent, np.float32), weights], tensor_type)
             target[part] = np.frombuffer(answer, np.uint8).reshape(len(sent), n_bytes)
+        largest = float(np.abs(rows).max(initial=0))
+        if largest > _LARGE and self._is_lost(rows, target, tensor_type):
+            raise RangeError(f"values up to {largest:g} are beyond {tensor_type.name}'s range")
         return target
+
+    def _is_lost(self, rows: Floats, target: Bytes, tensor_type: IkType) -> bool:
+        """Whether any row became NaN, infinite or zero: the library does not say it."""
+        found = self.dequantize(target, tensor_type)
+        return not np.isfinite(found).all() or bool((rows.any(axis=1) & ~found.any(axis=1)).any())
 
     def dequantize(self, raw: Bytes, tensor_type: IkType) -> Floats:
         """Rows (R, bytes of a row) as values (R, C). Raises DependencyError if it fails."""
@@ -156,14 +174,12 @@ class IkWorkers:
         kind, data = answer
         if kind == worker.DONE:
             return data
-        if data == _RANGE:
-            raise RangeError(f"values are beyond {tensor_type.name}'s range")
         raise DependencyError(
             f"{self.library}: {tensor_type.name} {data.decode('utf-8', 'replace')}; this version "
             f"of {PACKAGE} has another format"
         )
 
-    def _take(self) -> subprocess.Popen[bytes]:
+    def _take(self) -> _Process:
         with self._change:
             while not self._idle and self._n_started >= self.most:
                 self._change.wait()
@@ -176,7 +192,7 @@ class IkWorkers:
             self._lose()
             raise DependencyError(f"{self.library}: no process of it starts ({error})") from error
 
-    def _give_back(self, process: subprocess.Popen[bytes]) -> None:
+    def _give_back(self, process: _Process) -> None:
         with self._change:
             self._idle.append(process)
             self._change.notify()
@@ -196,29 +212,35 @@ def ik_workers() -> IkWorkers:
     return IkWorkers(path, most=available_threads())
 
 
-def _start(library: Path) -> subprocess.Popen[bytes]:
+def _start(library: Path) -> _Process:
     command = [sys.executable, "-I", "-S", str(Path(worker.__file__)), str(library)]
+    # a pipe that nobody reads would fill up; `_end` closes it
+    errors = tempfile.TemporaryFile()  # noqa: SIM115
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment,
-        bufsize=0,
-    )
+    try:
+        running = subprocess.Popen(
+            command,
+            env=environment,
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        )
+        return _Process(running, errors)
+    except OSError:
+        errors.close()
+        raise
 
 
-def _exchange(
-    process: subprocess.Popen[bytes], head: bytes, parts: list[memoryview | bytes]
-) -> tuple[int, bytes]:
+def _exchange(process: _Process, head: bytes, parts: list[memoryview | bytes]) -> tuple[int, bytes]:
     """Send a request and wait for the answer. Raises OSError or EOFError if the process ends."""
-    assert process.stdin is not None
-    assert process.stdout is not None
+    source, target = process.running.stdout, process.running.stdin
+    assert source is not None
+    assert target is not None
     for part in (head, *parts):
-        _write(process.stdin, part)
-    kind, n_bytes = worker.ANSWER.unpack(_read(process.stdout, worker.ANSWER.size))
-    return kind, _read(process.stdout, n_bytes)
+        _write(target, part)
+    kind, n_bytes = worker.ANSWER.unpack(_read(source, worker.ANSWER.size))
+    return kind, _read(source, n_bytes)
 
 
 def _write(stream: IO[bytes], part: memoryview | bytes) -> None:
@@ -237,25 +259,29 @@ def _read(stream: IO[bytes], n_bytes: int) -> bytes:
     return bytes(found)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    for stream in (process.stdin, process.stdout):
+def _end(process: _Process) -> None:
+    running = process.running
+    for stream in (running.stdin, running.stdout):
         if stream is not None:
             with suppress(OSError):
                 stream.close()
     try:
-        process.wait(1)
+        running.wait(1)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        running.kill()
+        running.wait()
+    process.errors.seek(0)
+    process.said = process.errors.read().decode("utf-8", "replace").strip()
+    process.errors.close()
 
 
-def _why(process: subprocess.Popen[bytes]) -> str:
+def _why(process: _Process) -> str:
     """What a process that has ended says of it: a signal, or the last line of its errors."""
-    if process.returncode < 0:
-        return f"signal {-process.returncode}"
-    errors = b"" if process.stderr is None else process.stderr.read()
-    lines = errors.decode("utf-8", "replace").strip().splitlines()
-    return lines[-1] if lines else f"exit code {process.returncode}"
+    code = process.running.returncode
+    if code < 0:
+        return f"signal {-code}"
+    lines = process.said.splitlines()
+    return lines[-1] if lines else f"exit code {code}"
 
 
 def _pieces(n_rows: int, n_columns: int) -> list[slice]:

@@ -11,6 +11,8 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +47,11 @@ ERRORS = {
 
 
 @pytest.fixture(scope="module")
-def pool() -> IkWorkers:
+def pool() -> Iterator[IkWorkers]:
     path = library_path()
     assert path is not None
-    return IkWorkers(path, 2)
+    with closing(IkWorkers(path, 2)) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +107,7 @@ def test_a_process_that_ends_is_an_error_and_another_takes_its_place(rows: np.nd
     assert path is not None
     own = IkWorkers(path, 1)
     expected = own.quantize(rows, IkType.IQ4_K, None)
-    os.kill(own._idle[0].pid, signal.SIGKILL)
+    os.kill(own._idle[0].running.pid, signal.SIGKILL)
     with pytest.raises(DependencyError, match=r"its process ended while .* IQ4_K \(signal 9\)"):
         own.quantize(rows, IkType.IQ4_K, None)
     np.testing.assert_array_equal(own.quantize(rows, IkType.IQ4_K, None), expected)
