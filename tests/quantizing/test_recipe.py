@@ -89,7 +89,7 @@ def test_all_fields() -> None:
         (HEAD.replace('"L"', f'"{"L" * 65}"'), "expected letters"),
         (HEAD.replace('"Q4_K_M"', '["Q4_K_M"]'), "file_type is .*, expected text"),
         (HEAD.replace("Q4_K_M", "Q4_K"), r"file_type 'Q4_K', expected one of F32, .*Q4_K_M"),
-        (HEAD.replace("Q4_K_M", "IQ4_K"), "file_type 'IQ4_K', expected one of"),
+        (HEAD.replace("Q4_K_M", "IQ9_K"), "file_type 'IQ9_K', expected one of"),
         (HEAD + "rules = 1\n", r"rules must be at most 1000"),
         (HEAD + "rules = [1]\n", r"rule 1: expected a \[\[rules\]\] table"),
         (HEAD + "rules = [" + '{match="a",type="F16"},\n' * 1001 + "]", "at most 1000"),
