@@ -20,6 +20,7 @@ from reap2gguf.fitting.fitted import Fitted, Named, Problem, fit, guess, tensor_
 from reap2gguf.fitting.solving import Budget, Measuring, budget_of, header_bytes
 from reap2gguf.gguf_files.imatrix import load_imatrix
 from reap2gguf.messages import size
+from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.labels import refuse_twice
 from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.recipe import check_label, load_recipe
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from reap2gguf.models.description import HeaderValue
     from reap2gguf.options import BuildOptions
     from reap2gguf.pruning.select import Kept
-    from reap2gguf.pruning.view import PrunedView
     from reap2gguf.quantizing.resolve import ResolvedRecipe
     from reap2gguf.verifying.context import Reference
 
