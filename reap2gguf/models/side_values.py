@@ -17,7 +17,6 @@ from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 
 if TYPE_CHECKING:
-    from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import GgufTensor, SideFile
@@ -32,27 +31,6 @@ def side_files(model: MoeModel, weights: Weights) -> tuple[SideFile, ...]:
     """
     sides = model.side_files(weights.folder, weights.tensors)
     return tuple(with_fitting_types(side, weights) for side in sides)
-
-
-def side_files_here(model: MoeModel, checkpoint: Checkpoint) -> tuple[SideFile, ...]:
-    """The side files, with the types that their values need, as far as these are on this machine.
-
-    Values that are still on the Hub are looked at when the build starts.
-    """
-    sides = model.side_files(checkpoint.folder, checkpoint.tensors)
-    try:
-        return tuple(
-            with_fitting_types(side, checkpoint) if _is_here(side, checkpoint) else side
-            for side in sides
-        )
-    finally:
-        if sides:
-            checkpoint.close()  # a plan holds no open files; a later read opens them again
-
-
-def _is_here(side: SideFile, checkpoint: Checkpoint) -> bool:
-    stored = (slab.stored for tensor in side.tensors for slab in tensor.slabs)
-    return not checkpoint.unfetched(stored)
 
 
 def with_fitting_types(side: SideFile, weights: Weights) -> SideFile:
