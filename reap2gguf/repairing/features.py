@@ -9,7 +9,7 @@ Letters: N rows (tokens), K experts per token, E experts, H hidden, F expert wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -113,24 +113,6 @@ class Rows(Protocol):
         """Sum of squares of the targets, which errors are relative to."""
 
     def __iter__(self) -> Iterator[RoutedRows]: ...
-
-
-@dataclass(frozen=True)
-class HeldRows:
-    """Rows in memory."""
-
-    batches: Sequence[RoutedRows]
-
-    @property
-    def n_rows(self) -> int:
-        return sum(map(len, self.batches))
-
-    @property
-    def target_square(self) -> float:
-        return sum(rows.target_square for rows in self.batches)
-
-    def __iter__(self) -> Iterator[RoutedRows]:
-        return iter(self.batches)
 
 
 @dataclass(frozen=True)

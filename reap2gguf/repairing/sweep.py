@@ -15,7 +15,7 @@ differently.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -273,8 +273,3 @@ def fit_text(layer: int, fit: LayerFit) -> str:
     return (
         f"layer {layer}: error {fit.error_before:.4f} -> {fit.error_after:.4f}, alpha {fit.alpha:g}"
     )
-
-
-def repaired_fits(layers: Mapping[int, RepairedLayer]) -> dict[int, LayerFit]:
-    """The fits alone."""
-    return {layer: one.fit for layer, one in layers.items()}

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from reap2gguf.repairing.features import Features, HeldRows, RoutedRows
+from reap2gguf.repairing.features import Features, RoutedRows
 
 N_EXPERTS, WIDTH, HIDDEN, TOP_K = 5, 6, 10, 2
+
+
+@dataclass(frozen=True)
+class HeldRows:
+    """Rows in memory."""
+
+    batches: Sequence[RoutedRows]
+
+    @property
+    def n_rows(self) -> int:
+        return sum(map(len, self.batches))
+
+    @property
+    def target_square(self) -> float:
+        return sum(rows.target_square for rows in self.batches)
+
+    def __iter__(self) -> Iterator[RoutedRows]:
+        return iter(self.batches)
 
 
 @dataclass(frozen=True)

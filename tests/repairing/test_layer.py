@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from reap2gguf.repairing.features import HeldRows
 from reap2gguf.repairing.layer import ALPHAS, fit_layer, scales, split_rows
-from tests.repairing.layers import N_EXPERTS, TOP_K, WIDTH, Layer, random_layer
+from tests.repairing.layers import N_EXPERTS, TOP_K, WIDTH, HeldRows, Layer, random_layer
 
 
 def same(weights: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,6 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -62,14 +61,6 @@ def library_path() -> Path | None:
 def is_installed() -> bool:
     """Whether ik_llama.cpp's types can be quantized and read here."""
     return library_path() is not None
-
-
-def package_version() -> str:
-    """The version of the package, or "" if it is not known."""
-    try:
-        return version(PACKAGE)
-    except PackageNotFoundError:
-        return ""
 
 
 def needs_package(what: str) -> str:
