@@ -230,7 +230,7 @@ def test_causal_convolution(device: str, length: int, biased: bool, activated: b
     )[..., :length].transpose(1, 2)
     exact = silu(exact) if activated else exact
     assert found.dtype == torch.bfloat16
-    assert relative(found.cpu(), exact) < 3e-3
+    assert relative(found.cpu(), exact) < 5e-3
 
 
 @pytest.mark.parametrize("way", WAYS)
