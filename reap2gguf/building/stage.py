@@ -290,7 +290,9 @@ class Run:
             self.costs.sort(key=lambda cost: names.index(cost.name))
 
     def _heading(self, stage: Stage[Any]) -> str:
-        names = [one.name for one in self.order]
+        plan = self.plan
+        left_out = {"choose": not plan.chooses, "repair": not (plan.chooses or plan.repairs)}
+        names = [one.name for one in self.order if not left_out.get(one.name, False)]
         heading = f"Stage {names.index(stage.name) + 1}/{len(names)}: {stage.name}"
         beside = sorted(self._computing, key=names.index)
         return f"{heading}, beside {' and '.join(beside)}" if beside else heading

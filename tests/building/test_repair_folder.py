@@ -66,6 +66,7 @@ def test_a_repaired_folder_is_verified_by_its_record(
 def test_an_interrupted_repair_goes_on_to_the_same_bytes(
     layer: int, model: Path, seen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "whole").mkdir()
     whole = prune(model, seen, tmp_path / "whole" / "pruned")
     save = RepairFolder.save
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,8 @@ def test_experts_are_those_of_the_manifest(built: Bundle, tmp_path: Path) -> Non
             np.testing.assert_array_equal(entry.sums, found.imatrix.entries[name].sums)
     save_dat(load_imatrix(WHOLE), tmp_path / "whole.dat")
     older = reap2gguf.slice_imatrix(tmp_path / "whole.dat", built.hf)
-    assert older.coverage == found.coverage
+    # the older format does not say how many tokens an expert saw
+    assert older.coverage == replace(found.coverage, experts=())
     for name, entry in older.imatrix.entries.items():
         np.testing.assert_allclose(
             entry.importance(), found.imatrix.entries[name].importance(), rtol=1e-6

@@ -35,6 +35,11 @@ _STATE = re.compile(r"llama_memory_recurrent: size = +([\d.]+) MiB")
 _COMPUTE = re.compile(r"compute buffer size = +([\d.]+) MiB")
 
 
+@llama_cpp.llama_log_callback
+def _silent(level: int, text: bytes, data: object) -> None:
+    """llama.cpp keeps its address, so it lives as long as the process."""
+
+
 def reported(path: Path, context: int) -> str:
     """What llama.cpp says while it opens a context."""
     said: list[str] = []
@@ -42,10 +47,6 @@ def reported(path: Path, context: int) -> str:
     @llama_cpp.llama_log_callback
     def listen(level: int, text: bytes, data: object) -> None:
         said.append(text.decode("utf-8", "replace"))
-
-    @llama_cpp.llama_log_callback
-    def silent(level: int, text: bytes, data: object) -> None:
-        pass
 
     model = llama_cpp.llama_model_load_from_file(
         bytes(path), llama_cpp.llama_model_default_params()
@@ -60,7 +61,7 @@ def reported(path: Path, context: int) -> str:
         assert opened
         llama_cpp.llama_free(opened)
     finally:
-        llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
+        llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
         llama_cpp.llama_model_free(model)
     return "".join(said)
 

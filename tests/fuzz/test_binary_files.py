@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import tracemalloc
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +293,7 @@ def test_counts_of_another_type(tmp_path: Path, kind: str) -> None:
     content = path.read_bytes()
     header = json.loads(content[8:])
     position = 0
-    for part in ("count", "reap_sum", "gate_sum", "norm_sum", "norm_max"):
+    for part in (field.name for field in fields(LayerObservation)):
         dtype = kind if part == "count" else "F64"
         end = position + ITEM_BYTES[dtype]
         entry = {"dtype": dtype, "shape": [1], "data_offsets": [position, end]}

@@ -168,7 +168,7 @@ def regex(pattern: str) -> str:
 MANY = "".join(rule(f"blk.*.attn_{n}*") for n in range(999))
 PATHOLOGICAL = "*a" * 60 + "*b"
 RECIPES = [
-    Case("recipe empty", recipe(""), "missing key `title`"),
+    Case("recipe empty", recipe(""), "is empty, expected a recipe"),
     Case("recipe not UTF-8", recipe(b"\xff\xfe"), "cannot be read"),
     Case("recipe of NUL", recipe(bytes(100)), "not valid TOML"),
     Case("recipe deep lists", recipe("\n".join(["a = ["] + ["["] * 5000)), "not valid TOML"),
