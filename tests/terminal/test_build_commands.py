@@ -46,9 +46,9 @@ def test_json_and_the_log(tiny: Path, tmp_path: Path, build: tuple[object, ...])
     assert lines[0].startswith("begin: reap2gguf")
     assert "torch " in lines[1]
     (quantizing,) = (n for n, line in enumerate(lines) if line.startswith("note: quantizing: "))
-    assert quantizing < next(n for n, line in enumerate(lines) if "/8: texts" in line)
+    assert quantizing < next(n for n, line in enumerate(lines) if "/7: texts" in line)
     for stage in names:
-        of_stage = [n for n, line in enumerate(lines) if f"/8: {stage}" in line]
+        of_stage = [n for n, line in enumerate(lines) if f"/7: {stage}" in line]
         begin, end = of_stage
         assert ": done in " in lines[end]
         assert ": done in " not in lines[begin]
