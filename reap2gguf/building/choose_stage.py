@@ -57,6 +57,10 @@ class Choose(Stage[ChoiceRecord]):
     is_sweep = True
     libraries: ClassVar[Sequence[str]] = COMPUTING
 
+    @classmethod
+    def is_asked(cls, plan: Plan) -> bool:
+        return plan.chooses
+
     def __init__(self, run: Run, texts: ReadTexts, kept: Mapping[str, Kept]) -> None:
         """`kept`: by candidate, the experts that stay."""
         super().__init__(run)

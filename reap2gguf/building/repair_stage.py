@@ -19,6 +19,7 @@ from reap2gguf.repairing.view import RepairedView
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ObservationRows
+    from reap2gguf.building.plan import Plan
     from reap2gguf.building.text_stage import ReadTexts
     from reap2gguf.bundle.records import RepairRecord
     from reap2gguf.pruning.view import PrunedView
@@ -41,6 +42,10 @@ class Repair(Stage[Repaired]):
 
     name = "repair"
     libraries: ClassVar[Sequence[str]] = COMPUTING
+
+    @classmethod
+    def is_asked(cls, plan: Plan) -> bool:
+        return plan.chooses or plan.repairs
 
     def __init__(self, run: Run, pruned: PrunedView, texts: ReadTexts) -> None:
         super().__init__(run)

@@ -97,6 +97,11 @@ class Stage(ABC, Generic[Result]):
         # to be called by a sweep that has divided the memory: starts stages beside it
         self.beside: Callable[[HasRoom], None] = lambda has_room: None
 
+    @classmethod
+    def is_asked(cls, plan: Plan) -> bool:
+        """Whether a build with this plan may have the stage: others are not counted in headings."""
+        return True
+
     @abstractmethod
     def make_key(self) -> str:
         """A hash of all that its result depends on."""
@@ -290,9 +295,7 @@ class Run:
             self.costs.sort(key=lambda cost: names.index(cost.name))
 
     def _heading(self, stage: Stage[Any]) -> str:
-        plan = self.plan
-        left_out = {"choose": not plan.chooses, "repair": not (plan.chooses or plan.repairs)}
-        names = [one.name for one in self.order if not left_out.get(one.name, False)]
+        names = [one.name for one in self.order if one.is_asked(self.plan)]
         heading = f"Stage {names.index(stage.name) + 1}/{len(names)}: {stage.name}"
         beside = sorted(self._computing, key=names.index)
         return f"{heading}, beside {' and '.join(beside)}" if beside else heading
