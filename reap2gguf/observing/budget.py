@@ -224,10 +224,6 @@ def fit(need: Need, device_type: str, memory: Memory, spool: str) -> Budget:
             tokens = _tokens(need, memory.usable, kind, prefetch)
             if tokens >= least and prefetch >= must_prefetch:
                 depth = _depth(need, device_type, memory.usable, kind, prefetch, least)
-                if depth < _FEW_LAYERS:
-                    fewer = max(min(most // 4, least), need.longest_row)
-                    deeper = _depth(need, device_type, memory.usable, kind, prefetch, fewer)
-                    depth = min(deeper, _FEW_LAYERS)
                 tokens = _tokens(need, memory.usable, kind, prefetch, depth)
                 # a batch holds at least one row
                 size = max(_rounded(min(most, tokens)), need.longest_row)
@@ -240,12 +236,19 @@ def _depth(
 ) -> int:
     """Layers that a batch of `least` positions can go through between two visits to the spool.
 
-    A GPU computes faster than a disk writes; a CPU does not, and other spools are fast enough.
+    A GPU computes faster than a disk writes; a CPU does not, and other spools are fast enough. If
+    they are few, a batch of fewer positions goes through up to `_FEW_LAYERS`.
     """
     if device_type == "cpu" or spool != "disk" or not prefetch:
         return 1
     depths = range(min(MOST_LAYERS, need.n_layers - 1), 1, -1)
-    return next((d for d in depths if _tokens(need, usable, spool, prefetch, d) >= least), 1)
+
+    def deepest(positions: int) -> int:
+        fits = (d for d in depths if _tokens(need, usable, spool, prefetch, d) >= positions)
+        return next(fits, 1)
+
+    fewer = max(min(MOST_TOKENS[device_type] // 4, least), need.longest_row)
+    return max(deepest(least), min(deepest(fewer), _FEW_LAYERS))
 
 
 def fits_beside(

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reap2gguf.messages import size
-from reap2gguf.pruning.methods import OBSERVED
 from reap2gguf.terminal.click_options import (
     follow_links_option,
     json_option,
@@ -26,6 +25,7 @@ from reap2gguf.terminal.compute_options import (
 from reap2gguf.terminal.console import say_all, say_json, terminal_progress
 from reap2gguf.terminal.help import MEASURE, PRUNE, WRITE, Number, command, option
 from reap2gguf.terminal.option_types import FilePath
+from reap2gguf.terminal.pruning_options import criterion_option
 from reap2gguf.terminal.target_options import target_options
 
 if TYPE_CHECKING:
@@ -74,14 +74,7 @@ class _Counts(click.ParamType):  # type: ignore[type-arg]
     help="Numbers of experts to weigh.",
     default_text="all, 7/8, 3/4, 5/8 and half of them",
 )
-@option(
-    "--method",
-    section=PRUNE,
-    type=click.Choice(tuple(OBSERVED)),
-    default="reap",
-    metavar="NAME",
-    help=f"How to rank the experts: {', '.join(OBSERVED)}.",
-)
+@criterion_option
 @target_options
 @option(
     "--text",

@@ -4,47 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
 import reap2gguf
-from reap2gguf.messages import shown
 from reap2gguf.pruning.methods import OBSERVED
 from reap2gguf.terminal.click_options import json_option, output_options
 from reap2gguf.terminal.console import say_all, say_json
 from reap2gguf.terminal.help import PRUNE, command, option
 from reap2gguf.terminal.option_types import FolderPath
-
-
-class RatiosType(click.ParamType):  # type: ignore[type-arg]
-    """Shares of experts, as numbers or percentages."""
-
-    name = "ratios"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, ...]:
-        found = []
-        for text in str(value).split(","):
-            try:
-                number = float(text.strip().removesuffix("%"))
-            except ValueError:
-                self.fail(f"{shown(text)} is not a ratio such as 0.25 or 25%", param, ctx)
-            found.append(number / 100 if text.strip().endswith("%") else number)
-        return tuple(found)
+from reap2gguf.terminal.pruning_options import ratios_option
 
 
 @command("inspect")
 @click.argument("path", type=FolderPath)
-@option(
-    "--ratios",
-    section=PRUNE,
-    type=RatiosType(),
-    metavar="R,R,...",
-    help="Shares of the experts to remove, such as 0.25 or 25%.",
-    default_text="0.125,0.25,0.375,0.5",
-)
+@ratios_option
 @option(
     "--method",
     section=PRUNE,

@@ -9,12 +9,11 @@ import click
 
 import reap2gguf
 from reap2gguf.errors import ArtifactError
-from reap2gguf.pruning.methods import OBSERVED
 from reap2gguf.terminal.click_options import json_option, output_options
 from reap2gguf.terminal.console import say, say_all, say_json
-from reap2gguf.terminal.help import PRUNE, WRITE, command, option
-from reap2gguf.terminal.inspect_command import RatiosType
+from reap2gguf.terminal.help import WRITE, command, option
 from reap2gguf.terminal.option_types import FilePath
+from reap2gguf.terminal.pruning_options import criterion_option, ratios_option
 from reap2gguf.terminal.suggestions import Group
 
 
@@ -34,22 +33,8 @@ def observations() -> None:
 
 @command("show")
 @click.argument("file", type=FilePath)
-@option(
-    "--ratios",
-    section=PRUNE,
-    type=RatiosType(),
-    metavar="R,R,...",
-    help="Shares of the experts to remove, such as 0.25 or 25%.",
-    default_text="0.125,0.25,0.375,0.5",
-)
-@option(
-    "--method",
-    section=PRUNE,
-    type=click.Choice(tuple(OBSERVED)),
-    default="reap",
-    metavar="NAME",
-    help=f"How to rank the experts: {', '.join(OBSERVED)}.",
-)
+@ratios_option
+@criterion_option
 @option("--csv", "as_csv", is_flag=True, help="Print comma-separated values, a row per layer.")
 @json_option
 @output_options

@@ -60,3 +60,21 @@ class LabelType(click.ParamType):  # type: ignore[type-arg]
 
 FilePath = click.Path(path_type=Path, dir_okay=False)
 FolderPath = click.Path(path_type=Path)
+
+
+class RatiosType(click.ParamType):  # type: ignore[type-arg]
+    """Shares of experts, as numbers or percentages."""
+
+    name = "ratios"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        found = []
+        for text in str(value).split(","):
+            try:
+                number = float(text.strip().removesuffix("%"))
+            except ValueError:
+                self.fail(f"{shown(text)} is not a ratio such as 0.25 or 25%", param, ctx)
+            found.append(number / 100 if text.strip().endswith("%") else number)
+        return tuple(found)

@@ -8,7 +8,7 @@ from reap2gguf.choosing.names import AUTO, BUILD_METHODS, CANDIDATES
 from reap2gguf.options import DEQUANTIZE_CHOICES, MTP_CHOICES, REPAIR_CHOICES
 from reap2gguf.pruning.methods import FROM_WEIGHTS, METHODS, OBSERVED
 from reap2gguf.terminal.help import PRUNE, option, together
-from reap2gguf.terminal.option_types import FilePath
+from reap2gguf.terminal.option_types import FilePath, RatiosType
 
 kept_option = option(
     "--kept",
@@ -16,6 +16,24 @@ kept_option = option(
     type=FilePath,
     metavar="FILE",
     help="Keep the experts that a JSON file names: kept_experts.json of `prune`, or ids by layer.",
+)
+
+criterion_option = option(
+    "--method",
+    section=PRUNE,
+    type=click.Choice(tuple(OBSERVED)),
+    default="reap",
+    metavar="NAME",
+    help=f"How to rank the experts: {', '.join(OBSERVED)}.",
+)
+
+ratios_option = option(
+    "--ratios",
+    section=PRUNE,
+    type=RatiosType(),
+    metavar="R,R,...",
+    help="Shares of the experts to remove, such as 0.25 or 25%.",
+    default_text="0.125,0.25,0.375,0.5",
 )
 
 count_options = together(
