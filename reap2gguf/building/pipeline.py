@@ -58,7 +58,9 @@ from reap2gguf.pruning.protection import ProtectedExperts, protection_notes
 from reap2gguf.pruning.view import PrunedView
 
 if TYPE_CHECKING:
+    from reap2gguf.artifacts.observations import Observations
     from reap2gguf.building.plan import Plan
+    from reap2gguf.pruning.select import Kept
 
 STAGES: Sequence[type[Stage[Any]]] = (
     *(ReadTexts, Observe, Choose, Repair, Prune, Importance, Export, Verify),
@@ -115,11 +117,7 @@ def _run_stages(run: Run) -> BuildResult | None:
     seen = observations_of(plan, observed) if run.is_first else None
     protected = protected_of(plan, seen) if run.is_first else ProtectedExperts()
     if run.is_first:
-        for line in (
-            *(() if seen is None else selection_notes(seen, kept)),
-            *protection_notes(protected, plan.options.protection),
-        ):
-            run.progress.note(line)
+        _note_choice(run, seen, kept, protected)
     pruned = PrunedView(plan.checkpoint, plan.model, kept)
     repaired = run.do(Repair(run, pruned, needed(texts))) if plan.repairs else None
     if repaired is not None:
@@ -128,17 +126,9 @@ def _run_stages(run: Run) -> BuildResult | None:
     if isinstance(importance, GivenImportance):
         run.agree(importance.check_minimum)
     prune = Prune(run, pruned) if plan.writes_hf else None
-    written = [prune] if prune else []
     export = Export(run, pruned, importance)
     verify = Verify(run, pruned, export, prune)
-    if plan.sized is None:
-        do_together(run, importance, *written, export, verify)
-    else:  # types are chosen with the whole importance matrix, so the files wait for it
-        do_together(run, importance, *written)
-        if run.is_first:
-            fit = run.do(Fit(run, pruned, importance, export.names()))
-            run.plan = plan = plan.with_types(fit.result)
-            do_after(run, export, verify)
+    plan = _write_files(run, pruned, importance, prune, export, verify)
     if not run.is_first:
         return None
     n_chunks = chunks_of(plan, texts.result if texts else None)
@@ -166,3 +156,38 @@ def _run_stages(run: Run) -> BuildResult | None:
     manifest = write_record(plan, run.work, evidence, pruned)
     run.work.finalize(run.keys.inputs, [asdict(cost) for cost in run.costs])
     return BuildResult.of(run.work, manifest, run.costs)
+
+
+def _note_choice(
+    run: Run, seen: Observations | None, kept: Kept, protected: ProtectedExperts
+) -> None:
+    """Say by how many tokens the experts were chosen, and which ones stay whatever they score."""
+    for line in (
+        *(() if seen is None else selection_notes(seen, kept)),
+        *protection_notes(protected, run.plan.options.protection),
+    ):
+        run.progress.note(line)
+
+
+def _write_files(
+    run: Run,
+    pruned: PrunedView,
+    importance: Importance | GivenImportance,
+    prune: Prune | None,
+    export: Export,
+    verify: Verify,
+) -> Plan:
+    """Compute the importance matrix, write both formats and verify them; the plan with all types.
+
+    Where a size was asked for, types are chosen with the whole matrix, so GGUF files wait for it.
+    """
+    plan, written = run.plan, [prune] if prune else []
+    if plan.sized is None:
+        do_together(run, importance, *written, export, verify)
+        return plan
+    do_together(run, importance, *written)
+    if run.is_first:
+        fit = run.do(Fit(run, pruned, importance, export.names()))
+        run.plan = plan.with_types(fit.result)
+        do_after(run, export, verify)
+    return run.plan
