@@ -147,6 +147,10 @@ class MoeModel(ABC):
         """What was read from the config, under transformers' names of it."""
         return {}
 
+    def config_values_of_layers(self) -> Mapping[int, Mapping[str, Any]]:
+        """The same of single layers, where they differ in what is one value in other models."""
+        return {}
+
     @abstractmethod
     def pruned_config(self, n_experts: int) -> dict[str, Any]:
         """The config with its expert count replaced, wherever it is spelled."""
@@ -291,6 +295,11 @@ class MoeModel(ABC):
     def logits_divisor(self) -> float:
         """What the products of hidden states and head are divided by to be logits."""
         return 1.0
+
+    @property
+    def logit_cap(self) -> float | None:
+        """The bound that logits are drawn below, by a tangent; None without."""
+        return None
 
     def mtp_template(self) -> int:
         """A trunk layer of the kind that the MTP block's decoder layer is."""

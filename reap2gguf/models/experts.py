@@ -55,6 +55,11 @@ class ExpertLayout:
         return tuple(projection for projection in self.projections if projection != "down")
 
     @property
+    def is_fused(self) -> bool:
+        """Whether gate and up are one tensor in GGUF too, and experts are never one tensor each."""
+        return "gate_up" in self.projections
+
+    @property
     def _path_apart(self) -> str:
         return self.path_apart or self.path
 
@@ -70,7 +75,7 @@ class ExpertLayout:
     @cached_property
     def _apart(self) -> dict[str, Projection]:
         """What 2D tensors end with, `.weight` left out."""
-        return {self.stored_name(p): p for p in self.projections if p != "gate_up"}
+        return {} if self.is_fused else {self.stored_name(p): p for p in self.projections}
 
     @cached_property
     def _fused(self) -> dict[str, tuple[Projection, Part]]:
@@ -113,7 +118,12 @@ class ExpertLayout:
         }
 
     def apart(self, prefix: str, facts: ModelFacts) -> dict[str, tuple[int, ...]]:
-        """Stored names and shapes of a layer's experts where they are one tensor each (2D)."""
+        """Stored names and shapes of a layer's experts: one tensor each (2D), or all that are."""
+        if self.is_fused:
+            return {
+                f"{prefix}{self.path}.{self.stored_name(p)}": (facts.n_experts, *_matrix(p, facts))
+                for p in self.projections
+            }
         return {
             f"{prefix}{self._path_apart}.{expert}.{name}.weight": _matrix(projection, facts)
             for projection, name in ((p, self.stored_name(p)) for p in self.projections)
@@ -131,6 +141,8 @@ class ExpertLayout:
         fused = self.fused(projection)
         plain = f"{prefix}{self.path}.{self.stored_name(fused)}"
         name = _with_suffix(stored, plain)
+        if name is None and self.is_fused:
+            raise missing(plain)
         if name is None:
             base, own = prefix + self._path_apart, self.stored_name(projection)
             others = (f"{prefix}{self.path}.{other}" for other in self._fused)

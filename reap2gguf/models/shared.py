@@ -34,6 +34,7 @@ from reap2gguf.models.experts import INDEX, ExpertLayout
 from reap2gguf.models.facts import (
     COUNT_KEYS,
     FACT_KEYS,
+    PER_TOKEN_KEY,
     WIDTH_KEY,
     config_values,
     read_epsilon,
@@ -75,6 +76,10 @@ class DecoderModel(MoeModel):
     mtp: ClassVar[MtpLayout | None] = None
     count_keys: ClassVar[tuple[str, ...]] = ("num_experts", "num_local_experts")
     width_key: ClassVar[str] = WIDTH_KEY  # the config's name of an expert's width
+    per_token_key: ClassVar[str] = PER_TOKEN_KEY  # and of the experts of a token
+    # the key of the activation of feed-forward layers, the only value, and what is computed by it
+    activation: ClassVar[tuple[str, str, str]] = ("hidden_act", "silu", "SwiGLU")
+    has_layer_sizes: ClassVar[bool] = False  # whether `per_layer_config` is read
     fact_keys: ClassVar[tuple[str, ...]] = FACT_KEYS  # may not be null, and have one value
     # transformers' values of absent keys, where they are not those of most families
     defaults: ClassVar[Mapping[str, int]] = {}
@@ -149,7 +154,8 @@ class DecoderModel(MoeModel):
         """Refuse, by name, what no family here does, and a fact with two values."""
         read, section = self.text, ".".join(self.text_sections) if self.is_nested else ""
         refuse_contradictions(self.reader, read, section, self.fact_keys)
-        read.expect("hidden_act", "silu", why=f"llama.cpp's {self.gguf_arch} computes SwiGLU")
+        key, value, name = self.activation
+        read.expect(key, value, why=f"llama.cpp's {self.gguf_arch} computes {name}")
         if not self.has_attention_biases:
             read.expect("attention_bias", False, why="attention biases are not implemented")
         if read.values.get("pad_token_id") is not None:
@@ -157,7 +163,7 @@ class DecoderModel(MoeModel):
             vocab = read.integer("vocab_size", low=1, high=MAX_VOCABULARY)
             read.integer("pad_token_id", low=-vocab, high=vocab - 1)
         for reader in (self.reader, read):
-            refuse_hidden_effects(reader)
+            refuse_hidden_effects(reader, self.has_layer_sizes and reader is read)
 
     def common_facts(self, moe_layers: Sequence[int], has_mtp: bool = False) -> ModelFacts:
         """The facts, read from the keys under which most configs have them."""
@@ -166,6 +172,7 @@ class DecoderModel(MoeModel):
             self.count_keys,
             self.defaults,
             self.width_key,
+            self.per_token_key,
             architecture=str(self.config["architectures"][0]),
             gguf_arch=self.gguf_arch,
             moe_layers=tuple(moe_layers),
@@ -175,7 +182,7 @@ class DecoderModel(MoeModel):
 
     def config_values(self) -> dict[str, Any]:
         return {
-            **config_values(self.facts),
+            **config_values(self.facts, self.per_token_key),
             self.count_keys[0]: self.facts.n_experts,
             self.width_key: self.facts.expert_width,
             self.epsilon[0]: read_epsilon(self.text, *self.epsilon),

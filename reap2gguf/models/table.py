@@ -10,6 +10,7 @@ from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.deepseek2 import DeepseekV2, DeepseekV3, Glm4MoeLite
 from reap2gguf.models.facts import COUNT_KEYS
+from reap2gguf.models.gemma4 import Gemma4
 from reap2gguf.models.glm4_moe import Glm4Moe
 from reap2gguf.models.granite_moe import GraniteMoe, GraniteMoeShared
 from reap2gguf.models.lfm2_moe import Lfm2Moe
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 ARCHITECTURES: dict[str, type[MoeModel]] = {
     "DeepseekV2ForCausalLM": DeepseekV2,
     "DeepseekV3ForCausalLM": DeepseekV3,
+    "Gemma4ForCausalLM": Gemma4,
+    "Gemma4ForConditionalGeneration": Gemma4,
     "Glm4MoeForCausalLM": Glm4Moe,
     "Glm4MoeLiteForCausalLM": Glm4MoeLite,
     "GraniteMoeForCausalLM": GraniteMoe,
