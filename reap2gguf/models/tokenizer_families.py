@@ -83,6 +83,7 @@ class TokenizerFamily:
         space_prefix: Whether a header repeats `add_prefix_space` of tokenizer_config.json, as
             llama.cpp's converter does for Llama and what it derives from it.
         sentencepiece: Whether they may also be SentencePiece models, which split no text.
+        gemma: Whether they may also be such models with ranks of merges, as Gemma-4 has them.
     """
 
     pre_tokenizers: PreTokenizers
@@ -91,6 +92,7 @@ class TokenizerFamily:
     prefix: tuple[str, ...] = ()
     space_prefix: bool = False
     sentencepiece: bool = False
+    gemma: bool = False
 
 
 QWEN = TokenizerFamily(QWEN_PRE_TOKENIZERS)
@@ -112,6 +114,7 @@ _DEEPSEEK = TokenizerFamily(
 _GRANITE = TokenizerFamily({(ONE_DIGIT, GPT2_PATTERN): "refact"}, space_prefix=True)
 # by `model_type`, where a family has more than what means one thing only
 _FAMILIES: Mapping[str, TokenizerFamily] = {
+    "gemma4": TokenizerFamily({}, gemma=True),
     "glm4_moe": _GLM,
     "glm4_moe_lite": _GLM,
     "lfm2_moe": TokenizerFamily({LLAMA3_STEPS: "lfm2"}),

@@ -28,7 +28,7 @@ from reap2gguf.tokenizer.steps import steps_of
 SPACE = "▁"  # U+2581 stands for a space in tokens
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0  # as llama.cpp's converter
-_MODEL = {
+MODEL_SETTINGS = {
     "dropout": (None, 0),
     "continuing_subword_prefix": (None, ""),
     "end_of_word_suffix": (None, ""),
@@ -36,18 +36,18 @@ _MODEL = {
     "byte_fallback": (True,),
     "ignore_merges": (False, None),
 }
-_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
 # the parts of a tokenizer.json that put a space before each text as llama.cpp does, or none
 SPACE_FIRST: dict[bool, dict[str, Any]] = {
     put: {
-        "normalizer": {"type": "Sequence", "normalizers": [_PREPEND] * put + [_REPLACE]},
+        "normalizer": {"type": "Sequence", "normalizers": [_PREPEND] * put + [REPLACE]},
         "pre_tokenizer": None,
     }
     for put in (True, False)
 }
 _METASPACE = {"replacement": (SPACE,), "split": (False,)}
-_RESAVE = "use the tokenizer files of the model that this one was made from"
+RESAVE_ALL = "use the tokenizer files of the model that this one was made from"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def read_spm(
     path = folder / "tokenizer.json"
     prefix, always, after_special = _form(tokenizer, path)
     added = read_added_tokens(tokenizer, path)
-    vocab = _checked_vocab(tokenizer, added, vocab_size, path)
+    vocab = checked_vocab(tokenizer, added, vocab_size, path)
     model = folder / "tokenizer.model"
     if model.is_file():
         pieces = _pieces_of_model(model, prefix)
@@ -112,13 +112,13 @@ def _form(tokenizer: dict[str, Any], path: Path) -> tuple[bool, bool, bool]:
     """Compare the parts; whether a space is put first, always, and after special tokens."""
     unread = ("vocab", "merges", "unk_token")
     model = {key: value for key, value in tokenizer["model"].items() if key not in unread}
-    check_settings(model, _MODEL, "BPE", path, "model")
+    check_settings(model, MODEL_SETTINGS, "BPE", path, "model")
     normalizers = steps_of(tokenizer.get("normalizer"), "normalizers")
     part = tokenizer.get("pre_tokenizer")
     if normalizers:
         if part is not None:
             raise unknown(path, "pre_tokenizer", part, "none beside a normalizer")
-        if normalizers not in ([_PREPEND, _REPLACE], [_REPLACE]):
+        if normalizers not in ([_PREPEND, REPLACE], [REPLACE]):
             expected = f"spaces replaced by {SPACE}, with one before a text or without"
             raise unknown(path, "normalizer", tokenizer["normalizer"], expected)
         return _PREPEND in normalizers, True, True
@@ -128,7 +128,7 @@ def _form(tokenizer: dict[str, Any], path: Path) -> tuple[bool, bool, bool]:
     return scheme != "never", scheme == "never", scheme != "first"
 
 
-def _checked_vocab(
+def checked_vocab(
     tokenizer: dict[str, Any], added: list[AddedToken], vocab_size: int, path: Path
 ) -> dict[str, int]:
     """The vocabulary, with one id per text below `vocab_size` and a token for each byte."""
@@ -143,12 +143,12 @@ def _checked_vocab(
         if type(index) is not int or not 0 <= index < vocab_size:
             raise CheckpointError(
                 f"{path}: token {shown(text)} has the id {shown(index)}, expected one below the "
-                f"config's vocab_size {vocab_size}; {_RESAVE}"
+                f"config's vocab_size {vocab_size}; {RESAVE_ALL}"
             )
     if missing := [token for token in BYTE_TOKENS if token not in vocab]:
         raise UnsupportedModelError(
             f"{path}: no token {missing[0]}, expected one for each of 256 bytes: llama.cpp ends "
-            f"where it needs one that is missing; {_RESAVE}"
+            f"where it needs one that is missing; {RESAVE_ALL}"
         )
     return vocab
 
@@ -156,7 +156,7 @@ def _checked_vocab(
 def _pieces_of_model(path: Path, space_prefix: bool) -> list[Piece]:
     """The pieces of `tokenizer.model`, if it joins characters as llama.cpp does."""
     model = read_piece_model(path)
-    expected = f"a BPE model that changes no text; {_RESAVE}"
+    expected = f"a BPE model that changes no text; {RESAVE_ALL}"
     if not model.is_bpe or model.normalizer != "identity" or model.removes_spaces:
         found = "BPE" if model.is_bpe else "no BPE"
         spaces = ", and leaves out spaces" if model.removes_spaces else ""
@@ -166,7 +166,7 @@ def _pieces_of_model(path: Path, space_prefix: bool) -> list[Piece]:
     if model.adds_space is not space_prefix:
         raise CheckpointError(
             f"{path}: puts {'a' if model.adds_space else 'no'} space before a text, expected what "
-            f"tokenizer.json does; {_RESAVE}"
+            f"tokenizer.json does; {RESAVE_ALL}"
         )
     return model.pieces
 
@@ -175,7 +175,7 @@ def _pieces_of_merges(
     tokenizer: dict[str, Any], added: list[AddedToken], vocab: dict[str, int], path: Path
 ) -> list[Piece]:
     """Pieces scored by the order of the merges, with the types of a SentencePiece model."""
-    order = _order(_checked_merges(tokenizer, vocab, path))
+    order = _order(checked_merges(tokenizer, vocab, path))
     unk = tokenizer["model"].get("unk_token")
     special = {token.text for token in added if token.special}
     by_id = {index: text for text, index in vocab.items()}
@@ -214,14 +214,14 @@ def _order(merges: list[Merge]) -> dict[str, int]:
     return order
 
 
-def _checked_merges(tokenizer: dict[str, Any], vocab: dict[str, int], path: Path) -> list[Merge]:
+def checked_merges(tokenizer: dict[str, Any], vocab: dict[str, int], path: Path) -> list[Merge]:
     merges = merges_of(tokenizer["model"], path)
     for rank, (left, right) in enumerate(merges):
         for text in (left, right, left + right):
             if text not in vocab:
                 raise CheckpointError(
                     f"{path}: merge {rank} joins {shown(left)} and {shown(right)}, but "
-                    f"{shown(text)} is not in the vocabulary; {_RESAVE}"
+                    f"{shown(text)} is not in the vocabulary; {RESAVE_ALL}"
                 )
     return merges
 
@@ -242,15 +242,15 @@ def _check_same(
         if text not in (wanted, wanted.replace(SPACE, " ")):
             raise CheckpointError(
                 f"{path.parent}: token {index} is {shown(text)} by tokenizer.model and "
-                f"{shown(wanted)} by tokenizer.json, expected the same; {_RESAVE}"
+                f"{shown(wanted)} by tokenizer.json, expected the same; {RESAVE_ALL}"
             )
         if not text or ids.setdefault(text, index) != index:
             raise UnsupportedModelError(
                 f"{path}: ids {ids.get(text, index)} and {index} have the text {shown(text)}, "
-                f"expected one id per text: llama.cpp ends when it loads others; {_RESAVE}"
+                f"expected one id per text: llama.cpp ends when it loads others; {RESAVE_ALL}"
             )
         if types[index] == TokenType.NORMAL and text in SPECIAL_BY_NAME:
             raise UnsupportedModelError(
                 f"{path}: token {shown(text)} with the id {index} is an ordinary token here, and a "
-                f"special one for llama.cpp, expected it among the added_tokens; {_RESAVE}"
+                f"special one for llama.cpp, expected it among the added_tokens; {RESAVE_ALL}"
             )

@@ -26,6 +26,7 @@ from tests.models.drawn import (
 from tests.models.oracles import SMALL_VOCAB
 from tests.tiny import _Random as Random
 from tests.tiny import save_sharded
+from tests.tokenizer.small_gemma import FEWEST, write_gemma
 from tests.tokens import SMALL_VOCAB as VOCAB
 from tests.tokens import special_tokens, write_tokenizer
 
@@ -70,7 +71,7 @@ class TinyGemma4:
             "attention_bias": False,
             "attention_dropout": 0.0,
             "attention_k_eq_v": self.shared_value,
-            **special_tokens(self.vocab),
+            **self._special_tokens(),
             "dtype": "bfloat16",
             "enable_moe_block": True,
             "final_logit_softcapping": self.cap,
@@ -121,6 +122,11 @@ class TinyGemma4:
             "tie_word_embeddings": self.tied,
             "vision_config": self._vision_config() if self.has_tower else None,
         }
+
+    def _special_tokens(self) -> dict[str, int]:
+        if self.vocab < FEWEST:
+            return special_tokens(self.vocab)
+        return {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 
     def _full_heads(self) -> dict[str, int]:
         heads = self.n_full_kv_heads if self.shared_value else None
@@ -240,7 +246,10 @@ class TinyGemma4:
         """Write config, shards, index and tokenizer; the folder."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.config(), indent=2))
-        write_tokenizer(folder, self.vocab)
+        if self.vocab < FEWEST:  # of drawn configs, which get another
+            write_tokenizer(folder, self.vocab)
+        else:
+            write_gemma(folder, self.vocab)
         save_sharded(self.tensors(), folder, self.n_shards)
         return folder
 

@@ -44,9 +44,6 @@ from conversion import base, get_model_class
 base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
 for name in ("_set_vocab_glm", "_set_vocab_sentencepiece"):
     setattr(base.TextModel, name, lambda self, *_: self._set_vocab_gpt2())
-if architecture.startswith("Gemma4"):
-    from conversion.gemma import Gemma4Model
-    Gemma4Model.set_vocab = base.TextModel._set_vocab_gpt2
 get_model_class(architecture, mmproj=kind == "MOSTLY_F16")(
     Path(folder), gguf.LlamaFileType[kind], Path(output), eager=True
 ).write()
