@@ -185,9 +185,9 @@ def config_of_header(keys: GgufKeys) -> dict[str, Any]:
             "expected which layers have a sliding window"
         )
     full, sliding = _heads_of_header(keys, pattern)
-    for key, size in ((rope.DIMENSION_COUNT, full["head_dim"]),
-                      (rope.DIMENSION_COUNT_SWA, sliding["head_dim"])):  # fmt: skip
-        keys.expect(key, size, why="pairs of whole heads have places")
+    why = "pairs of whole heads have places"
+    keys.expect(rope.DIMENSION_COUNT, full["head_dim"], why=why)
+    keys.expect(rope.DIMENSION_COUNT_SWA, sliding["head_dim"], why=why)
     for key in (attention.SHARED_KV_LAYERS, llm.EMBD_LENGTH_PER_LAYER_INP):
         keys.expect(key, 0, why="the models with experts have none")
     thetas = {

@@ -15,12 +15,13 @@ from gguf import Keys, TokenType
 from reap2gguf.atomic import write_whole
 from reap2gguf.errors import ArtifactError, UnsupportedModelError
 from reap2gguf.messages import shown
+from reap2gguf.tokenizer.character_bpe import BYTE_TOKENS, REPLACE, SPACE
 from reap2gguf.tokenizer.pre_tokenizers import (
     PRE_TOKENIZERS,
     PreTokenizer,
     pattern_for_library,
 )
-from reap2gguf.tokenizer.sentencepiece import BYTE_TOKENS, REPLACE, SPACE, SPACE_FIRST
+from reap2gguf.tokenizer.sentencepiece import SPACE_FIRST
 
 if TYPE_CHECKING:
     from reap2gguf.gguf_files.reader import GgufHeader

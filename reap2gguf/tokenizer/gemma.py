@@ -14,25 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 from gguf import TokenType
 
-from reap2gguf.checkpoint.config import read_optional
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
-from reap2gguf.models.tokenizer_families import tokenizer_family
 from reap2gguf.tokenizer.added_tokens import AddedToken, check_order, read_added_tokens
-from reap2gguf.tokenizer.sentencepiece import (
+from reap2gguf.tokenizer.advice import RESAVE_ALL
+from reap2gguf.tokenizer.character_bpe import (
     BYTE_TOKENS,
     MODEL_SETTINGS,
     REPLACE,
-    RESAVE_ALL,
     SPACE,
-    checked_merges,
     checked_vocab,
-    is_sentencepiece,
 )
+from reap2gguf.tokenizer.merges import checked_merges
 from reap2gguf.tokenizer.settings import check_settings, unknown
 from reap2gguf.tokenizer.special_names import HIDES_S, SPECIAL_BY_NAME
 from reap2gguf.tokenizer.steps import steps_of
-from reap2gguf.tokenizer.tokenizer_files import read_tokenizer_json
 
 if TYPE_CHECKING:
     from reap2gguf.tokenizer.merges import Merge
@@ -95,21 +91,6 @@ def read_gemma(tokenizer: dict[str, Any], vocab_size: int, path: Path) -> GemmaV
     _check_texts(tokens, types, path)
     check_order([token for token in added if types[token.index] != TokenType.NORMAL], path)
     return GemmaVocabulary(tokens, types, merges, added)
-
-
-def forced_bos(folder: Path) -> str | None:
-    """The token that llama.cpp puts before each text, though `tokenizer.json` may not; or None.
-
-    The published files of Gemma-4 leave it to chat templates, but the models need it.
-    """
-    model_type = str(read_optional(folder, "config.json").get("model_type"))
-    if not tokenizer_family(model_type.removesuffix("_text")).gemma:
-        return None
-    if not is_sentencepiece(read_tokenizer_json(folder)):
-        return None
-    named = read_optional(folder, "tokenizer_config.json").get("bos_token")
-    text = named.get("content") if isinstance(named, dict) else named
-    return text if isinstance(text, str) else None
 
 
 def _added_type(token: AddedToken, is_merged: bool) -> TokenType:

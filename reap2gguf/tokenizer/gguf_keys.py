@@ -21,12 +21,13 @@ from gguf import GGUFWriter, Keys, SpecialVocab
 from reap2gguf.checkpoint.config import read_optional
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
+from reap2gguf.tokenizer.character_bpe import is_sentencepiece
 from reap2gguf.tokenizer.files_beside import check_files_beside
 from reap2gguf.tokenizer.form import check_form
 from reap2gguf.tokenizer.gemma import SCORE, GemmaVocabulary, read_gemma
 from reap2gguf.tokenizer.post_processor import added_by_post_processor, has_step
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
-from reap2gguf.tokenizer.sentencepiece import SpmVocabulary, is_sentencepiece, read_spm
+from reap2gguf.tokenizer.sentencepiece import SpmVocabulary, check_size, read_spm
 from reap2gguf.tokenizer.tokenizer_files import (
     loaded_templates,
     read_tokenizer_json,
@@ -59,6 +60,7 @@ def add_tokenizer(
     if family.sentencepiece and is_sentencepiece(tokenizer):
         pre, vocabulary = SPM_PRE, read_spm(tokenizer, folder, config, vocab_size)
     elif family.gemma and is_sentencepiece(tokenizer):
+        check_size(vocab_size, folder)
         pre, vocabulary = GEMMA, read_gemma(tokenizer, vocab_size, path)
     else:
         pre = check_form(tokenizer, path, family.pre_tokenizers)

@@ -11,7 +11,7 @@ import heapq
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from reap2gguf.tokenizer.sentencepiece import SPACE
+from reap2gguf.tokenizer.character_bpe import SPACE
 from reap2gguf.tokenizer.special_split import SpecialTokens
 
 _LINES = re.compile(r"[^\n]+|\n+")

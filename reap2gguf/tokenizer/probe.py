@@ -20,12 +20,13 @@ from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.tokenizer.added_tokens import AddedToken, is_nfc
 from reap2gguf.tokenizer.byte_symbols import byte_symbols
+from reap2gguf.tokenizer.character_bpe import SPACE
 from reap2gguf.tokenizer.llama_bpe import LlamaBpe
 from reap2gguf.tokenizer.llama_gemma import LlamaGemma
 from reap2gguf.tokenizer.llama_spm import LlamaSpm
 from reap2gguf.tokenizer.panics import panics_as
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS, is_settled, split_words
-from reap2gguf.tokenizer.sentencepiece import SPACE, SPACE_FIRST, SpmVocabulary
+from reap2gguf.tokenizer.sentencepiece import SPACE_FIRST, SpmVocabulary
 from reap2gguf.tokenizer.special_names import SPECIAL_BY_NAME
 from reap2gguf.tokenizer.tokenizer_files import load_library
 

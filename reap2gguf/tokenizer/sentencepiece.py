@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gguf import TokenType
 
@@ -19,24 +19,24 @@ from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.description import MAX_VOCABULARY
 from reap2gguf.tokenizer.added_tokens import AddedToken, added_type, read_added_tokens
-from reap2gguf.tokenizer.merges import Merge, merges_of
+from reap2gguf.tokenizer.advice import RESAVE_ALL
+from reap2gguf.tokenizer.character_bpe import (
+    BYTE_TOKENS,
+    MODEL_SETTINGS,
+    REPLACE,
+    SPACE,
+    checked_vocab,
+)
+from reap2gguf.tokenizer.merges import checked_merges
 from reap2gguf.tokenizer.piece_model import Piece, read_piece_model
 from reap2gguf.tokenizer.settings import check_settings, unknown
 from reap2gguf.tokenizer.special_names import SPECIAL_BY_NAME
 from reap2gguf.tokenizer.steps import steps_of
 
-SPACE = "▁"  # U+2581 stands for a space in tokens
-BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
+if TYPE_CHECKING:
+    from reap2gguf.tokenizer.merges import Merge
+
 _ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0  # as llama.cpp's converter
-MODEL_SETTINGS = {
-    "dropout": (None, 0),
-    "continuing_subword_prefix": (None, ""),
-    "end_of_word_suffix": (None, ""),
-    "fuse_unk": (True, False, None),  # no character is unknown where each byte is a token
-    "byte_fallback": (True,),
-    "ignore_merges": (False, None),
-}
-REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
 # the parts of a tokenizer.json that put a space before each text as llama.cpp does, or none
 SPACE_FIRST: dict[bool, dict[str, Any]] = {
@@ -47,7 +47,6 @@ SPACE_FIRST: dict[bool, dict[str, Any]] = {
     for put in (True, False)
 }
 _METASPACE = {"replacement": (SPACE,), "split": (False,)}
-RESAVE_ALL = "use the tokenizer files of the model that this one was made from"
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,6 @@ class SpmVocabulary:
     prepends_after_special: bool
 
 
-def is_sentencepiece(tokenizer: dict[str, Any]) -> bool:
-    """Whether a `tokenizer.json` is BPE on characters with tokens for bytes."""
-    model = tokenizer.get("model")
-    return isinstance(model, dict) and model.get("byte_fallback") is True
-
-
 def read_spm(
     tokenizer: dict[str, Any], folder: Path, config: dict[str, Any], vocab_size: int
 ) -> SpmVocabulary:
@@ -86,6 +79,7 @@ def read_spm(
     path = folder / "tokenizer.json"
     prefix, always, after_special = _form(tokenizer, path)
     added = read_added_tokens(tokenizer, path)
+    check_size(vocab_size, folder)
     vocab = checked_vocab(tokenizer, added, vocab_size, path)
     model = folder / "tokenizer.model"
     if model.is_file():
@@ -108,6 +102,14 @@ def read_spm(
     return SpmVocabulary(tokens, types, scores, added, prefix, always, after_special)
 
 
+def check_size(vocab_size: int, folder: Path) -> None:
+    """Refuse a number of ids that no model has, before a list of them is made."""
+    if vocab_size > MAX_VOCABULARY:
+        raise UnsupportedModelError(
+            f"{folder}: vocab_size {vocab_size:,} is over {MAX_VOCABULARY:,}"
+        )
+
+
 def _form(tokenizer: dict[str, Any], path: Path) -> tuple[bool, bool, bool]:
     """Compare the parts; whether a space is put first, always, and after special tokens."""
     unread = ("vocab", "merges", "unk_token")
@@ -126,31 +128,6 @@ def _form(tokenizer: dict[str, Any], path: Path) -> tuple[bool, bool, bool]:
     settings = _METASPACE | {"prepend_scheme": ("always", "first", "never")}
     check_settings(part, settings, "Metaspace", path, "pre_tokenizer")
     return scheme != "never", scheme == "never", scheme != "first"
-
-
-def checked_vocab(
-    tokenizer: dict[str, Any], added: list[AddedToken], vocab_size: int, path: Path
-) -> dict[str, int]:
-    """The vocabulary, with one id per text below `vocab_size` and a token for each byte."""
-    if vocab_size > MAX_VOCABULARY:
-        raise UnsupportedModelError(
-            f"{path.parent}: vocab_size {vocab_size:,} is over {MAX_VOCABULARY:,}"
-        )
-    vocab = tokenizer["model"].get("vocab")
-    if not isinstance(vocab, dict) or not vocab:
-        raise CheckpointError(f"{path}: no vocabulary")
-    for text, index in [*vocab.items(), *((token.text, token.index) for token in added)]:
-        if type(index) is not int or not 0 <= index < vocab_size:
-            raise CheckpointError(
-                f"{path}: token {shown(text)} has the id {shown(index)}, expected one below the "
-                f"config's vocab_size {vocab_size}; {RESAVE_ALL}"
-            )
-    if missing := [token for token in BYTE_TOKENS if token not in vocab]:
-        raise UnsupportedModelError(
-            f"{path}: no token {missing[0]}, expected one for each of 256 bytes: llama.cpp ends "
-            f"where it needs one that is missing; {RESAVE_ALL}"
-        )
-    return vocab
 
 
 def _pieces_of_model(path: Path, space_prefix: bool) -> list[Piece]:
@@ -212,18 +189,6 @@ def _order(merges: list[Merge]) -> dict[str, int]:
             order[text] = place
         end = max(end, last[text])
     return order
-
-
-def checked_merges(tokenizer: dict[str, Any], vocab: dict[str, int], path: Path) -> list[Merge]:
-    merges = merges_of(tokenizer["model"], path)
-    for rank, (left, right) in enumerate(merges):
-        for text in (left, right, left + right):
-            if text not in vocab:
-                raise CheckpointError(
-                    f"{path}: merge {rank} joins {shown(left)} and {shown(right)}, but "
-                    f"{shown(text)} is not in the vocabulary; {RESAVE_ALL}"
-                )
-    return merges
 
 
 def _check_same(

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.errors import CalibrationError, CheckpointError
-from reap2gguf.tokenizer.gemma import forced_bos
+from reap2gguf.tokenizer.first_token import forced_bos
 from reap2gguf.tokenizer.in_transformers import load_in_transformers
 from reap2gguf.tokenizer.panics import panics_as
 from reap2gguf.tokenizer.pieces import PIECE, cuts_anywhere, next_cut, pieces

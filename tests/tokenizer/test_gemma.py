@@ -11,10 +11,9 @@ from gguf import GGUFWriter, TokenType
 from reap2gguf.errors import CheckpointError, Reap2ggufError, UnsupportedModelError
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.models.tokenizer_families import tokenizer_family
-from reap2gguf.tokenizer.caveats import BOS_CAVEAT
 from reap2gguf.tokenizer.check import check_tokenizer
 from reap2gguf.tokenizer.from_gguf import tokenizer_json
-from reap2gguf.tokenizer.gemma import forced_bos, read_gemma
+from reap2gguf.tokenizer.gemma import read_gemma
 from reap2gguf.tokenizer.gguf_keys import add_tokenizer
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 from tests.tokenizer.small import added
@@ -104,9 +103,10 @@ def test_an_ordinary_token_that_llama_cpp_takes_for_a_special_one() -> None:
         read(tokenizer, VOCAB_SIZE + 1)
 
 
-def test_a_vocabulary_that_is_too_large() -> None:
+def test_a_vocabulary_that_is_too_large(tmp_path: Path) -> None:
+    folder = written(write_gemma(tmp_path))
     with pytest.raises(UnsupportedModelError, match="is over"):
-        read(gemma_tokenizer(), 2**21)
+        check_tokenizer(folder, 2**21, FAMILY)
 
 
 def written(folder: Path) -> Path:
@@ -133,17 +133,6 @@ def test_it_is_checked_and_read_back(tmp_path: Path) -> None:
     text = "the def of\n\n\n\n  é ß <|tool_call> 你"
     assert Tokenizer(other).encode(text).tolist() == Tokenizer(folder).encode(text).tolist()
     assert Tokenizer(other).bos == Tokenizer(folder).bos == 2
-
-
-def test_a_file_that_leaves_the_first_token_to_templates(tmp_path: Path) -> None:
-    description = gemma_tokenizer() | {"post_processor": None}
-    folder = written(write_gemma(tmp_path, description=description))
-    assert check_tokenizer(folder, VOCAB_SIZE, FAMILY) == (BOS_CAVEAT,)
-    assert forced_bos(folder) == "<bos>"
-    assert Tokenizer(folder).bos == 2
-    (folder / "config.json").write_text(json.dumps({"model_type": "mixtral", "eos_token_id": 1}))
-    assert forced_bos(folder) is None
-    assert Tokenizer(folder).bos is None
 
 
 def test_a_file_without_a_first_token(tmp_path: Path) -> None:
