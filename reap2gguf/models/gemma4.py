@@ -89,7 +89,7 @@ class Gemma4(DecoderModel):
     )
     experts = ExpertLayout(path="experts", module="experts", projections=("gate_up", "down"))
     count_keys = ("num_experts",)  # transformers has no other spelling for this family
-    per_token_key = "top_k_experts"
+    chosen_key = "top_k_experts"
     activation = ("hidden_activation", "gelu_pytorch_tanh", "GeGLU")
     has_layer_sizes = True
     # transformers' values of absent keys, in Gemma4TextConfig

@@ -32,9 +32,9 @@ from reap2gguf.models.description import (
 )
 from reap2gguf.models.experts import INDEX, ExpertLayout
 from reap2gguf.models.facts import (
+    CHOSEN_KEY,
     COUNT_KEYS,
     FACT_KEYS,
-    PER_TOKEN_KEY,
     WIDTH_KEY,
     config_values,
     read_epsilon,
@@ -76,7 +76,7 @@ class DecoderModel(MoeModel):
     mtp: ClassVar[MtpLayout | None] = None
     count_keys: ClassVar[tuple[str, ...]] = ("num_experts", "num_local_experts")
     width_key: ClassVar[str] = WIDTH_KEY  # the config's name of an expert's width
-    per_token_key: ClassVar[str] = PER_TOKEN_KEY  # and of the experts of a token
+    chosen_key: ClassVar[str] = CHOSEN_KEY  # and of the number of experts per token
     # the key of the activation of feed-forward layers, the only value, and what is computed by it
     activation: ClassVar[tuple[str, str, str]] = ("hidden_act", "silu", "SwiGLU")
     has_layer_sizes: ClassVar[bool] = False  # whether `per_layer_config` is read
@@ -172,7 +172,7 @@ class DecoderModel(MoeModel):
             self.count_keys,
             self.defaults,
             self.width_key,
-            self.per_token_key,
+            self.chosen_key,
             architecture=str(self.config["architectures"][0]),
             gguf_arch=self.gguf_arch,
             moe_layers=tuple(moe_layers),
@@ -182,7 +182,7 @@ class DecoderModel(MoeModel):
 
     def config_values(self) -> dict[str, Any]:
         return {
-            **config_values(self.facts, self.per_token_key),
+            **config_values(self.facts, self.chosen_key),
             self.count_keys[0]: self.facts.n_experts,
             self.width_key: self.facts.expert_width,
             self.epsilon[0]: read_epsilon(self.text, *self.epsilon),
@@ -387,6 +387,10 @@ class DecoderModel(MoeModel):
     def parameter(self, layer: int, name: str) -> str:
         rule = self._in_blocks[layer].get(name)
         return name if rule is None else rule.in_module
+
+    def is_computed_in_f32(self, layer: int, name: str) -> bool:
+        rule = self._in_blocks[layer].get(name)
+        return rule is not None and rule.computed_in_f32
 
     @property
     def module_is_as_stored(self) -> bool:

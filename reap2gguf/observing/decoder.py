@@ -254,25 +254,19 @@ class StreamedDecoder:
             self.drop_layer(index)
 
     @torch.inference_mode()
-    def run_layer(self, index: int, hidden: Tensor) -> Tensor:
-        """Layer `index` on hidden states (B, T, H), for a T that was embedded or recorded."""
-        arguments = self._arguments[hidden.shape[1]][index]
-        return self.by_rows(lambda rows: self._call_layer(index, hidden[rows], arguments), hidden)
+    def run_layer(self, index: int, hidden: Tensor, layer: torch.nn.Module | None = None) -> Tensor:
+        """Layer `index` on hidden states (B, T, H), for a T that was embedded or recorded.
+
+        `layer`: another module in its place, such as the same layer of a larger model.
+        """
+        arguments, module = self._arguments[hidden.shape[1]][index], layer or self._layers[index]
+        return self.by_rows(lambda rows: _call_layer(module, hidden[rows], arguments), hidden)
 
     def by_rows(self, function: Callable[[slice], Tensor], hidden: Tensor) -> Tensor:
         """`function` of slices of the rows of hidden states (B, T, H), joined."""
         if self.crew is None:
             return function(slice(None))
         return self.crew.by_rows(function, hidden.shape)
-
-    def _call_layer(self, index: int, hidden: Tensor, arguments: Arguments) -> Tensor:
-        output = self._layers[index](hidden, **unshared(arguments))
-        if not isinstance(output, Tensor):
-            raise UnsupportedModelError(
-                f"{type(self._layers[index]).__name__} returns {type(output).__name__}; this "
-                "version of transformers is not supported"
-            )
-        return output
 
     def load_ends(self) -> None:
         """Read the last norm and the embedding, which the MTP block needs."""
@@ -380,6 +374,16 @@ class StreamedDecoder:
         self.loader.close()
         if self._closes_threads:
             self._threads.close()
+
+
+def _call_layer(layer: torch.nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
+    output = layer(hidden, **unshared(arguments))
+    if not isinstance(output, Tensor):
+        raise UnsupportedModelError(
+            f"{type(layer).__name__} returns {type(output).__name__}; this version of "
+            "transformers is not supported"
+        )
+    return output
 
 
 def _build(weights: Weights, dtype: torch.dtype) -> Any:

@@ -16,7 +16,12 @@ from gguf import TokenType
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
-from reap2gguf.tokenizer.added_tokens import AddedToken, check_order, read_added_tokens
+from reap2gguf.tokenizer.added_tokens import (
+    AddedToken,
+    overlap_error,
+    overlap_of,
+    read_added_tokens,
+)
 from reap2gguf.tokenizer.advice import RESAVE_ALL
 from reap2gguf.tokenizer.character_bpe import (
     BYTE_TOKENS,
@@ -89,7 +94,9 @@ def read_gemma(tokenizer: dict[str, Any], vocab_size: int, path: Path) -> GemmaV
         tokens[token.index] = token.text
         types[token.index] = _added_type(token, token.text in vocab and token.text in made)
     _check_texts(tokens, types, path)
-    check_order([token for token in added if types[token.index] != TokenType.NORMAL], path)
+    found = [token for token in added if types[token.index] != TokenType.NORMAL]
+    if (overlap := overlap_of(found)) is not None:
+        raise overlap_error(path, *overlap)
     return GemmaVocabulary(tokens, types, merges, added)
 
 
