@@ -70,7 +70,7 @@ def test_a_repair_is_the_ridge_regression_of_what_transformers_computes(
                 path = f"{layer}.{view.model.experts_path(layer)}"
                 # in transformers, the layers before have their new weights
                 pruned = calls(written, ROWS, path)
-                target = targets(source, pruned.inputs, path)
+                target = targets(source, pruned, path)
                 expected = expected_repair(target, pruned, down_of(view, layer), IS_HELD)
                 is_bfloat16 = "BF16" in {view.tensors[name].dtype for name in stored.tensors}
                 compare(found[layer].fit, down_of(after, layer), expected, is_bfloat16)
