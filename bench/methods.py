@@ -43,13 +43,13 @@ from reap2gguf.observing.passes import observe
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.methods import FROM_WEIGHTS, METHODS
+from reap2gguf.pruning.replaced import ReplacedView
 from reap2gguf.pruning.select import Kept, choose_target, keep_best, select_experts
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.weight_scores import weight_scores
 from reap2gguf.repairing.limits import repaired_layers
 from reap2gguf.repairing.record import RepairFolder
 from reap2gguf.repairing.sweep import repair
-from reap2gguf.repairing.view import RepairedView
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 
 CHUNK = 512
@@ -145,7 +145,7 @@ class Bench:
         repair(view, rows.rows, "ridge", files, self.compute, Silent())
         stored = files.open(repaired_layers(view.model))
         stack.callback(stored.close)
-        return RepairedView(view, stored)
+        return ReplacedView(view, stored)
 
     def chosen(
         self,

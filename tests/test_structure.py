@@ -59,7 +59,11 @@ COVERED_BY = [
         "what a bundle records",
         ("building/repair_record.py",),
     ),
-    ("repairing/test_record.py", "files of layers hold them", ("repairing/fit.py",)),
+    (
+        "pruning/test_layer_files.py",
+        "files of layers hold them",
+        ("repairing/fit.py", "repairing/record.py", "pruning/layer_facts.py"),
+    ),
     ("choosing/test_holdout.py", "how many rows are held out", ("choosing/amounts.py",)),
     ("bundle/test_choice.py", "records hold estimates", ("bundle/estimate.py",)),
     (

@@ -11,8 +11,8 @@ from torch import Tensor
 from reap2gguf.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
+    from reap2gguf.pruning.layer_files import Replaced
     from reap2gguf.pruning.view import PrunedView
-    from reap2gguf.repairing.record import Replaced
 
 
 def new_tensors(pruned: PrunedView, layer: int, down: Tensor | None) -> Replaced:

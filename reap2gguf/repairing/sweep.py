@@ -257,11 +257,11 @@ class _RepairRun(Sweep):
     @torch.inference_mode()
     def _put_in_place(self, index: int, layer: torch.nn.Module) -> None:
         """Give a layer the weights in its file, if it has any."""
-        from reap2gguf.repairing.view import RepairedView
+        from reap2gguf.pruning.replaced import ReplacedView
 
         with self.work.folder.open([index]) as stored:
             if stored.tensors:
-                down = self._down(RepairedView(self.work.pruned, stored), index)
+                down = self._down(ReplacedView(self.work.pruned, stored), index)
                 experts = layer.get_submodule(self.decoder.model.experts_path(index))
                 experts.down_proj.copy_(down)  # type: ignore[operator]
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.errors import CheckpointError
 from reap2gguf.messages import shown
+from reap2gguf.pruning.layer_files import tensors_sha256
+from reap2gguf.pruning.replaced import ReplacedView
 from reap2gguf.repairing.limits import repaired_layers
-from reap2gguf.repairing.record import tensors_sha256
-from reap2gguf.repairing.view import RepairedView
 from reap2gguf.verifying.choice import asked_repairs
 
 if TYPE_CHECKING:
@@ -84,4 +84,4 @@ def with_repaired(view: PrunedView, repair: RepairRecord, folder: Checkpoint) ->
             names |= repaired_names(folder, view.model, layer)
     if missing := names - folder.tensors.keys():
         raise CheckpointError(f"{folder.folder}: no tensor {min(missing)!r}")
-    return RepairedView(view, folder, names)
+    return ReplacedView(view, folder, names)
