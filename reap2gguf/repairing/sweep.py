@@ -15,7 +15,7 @@ differently.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -228,10 +228,10 @@ class _RepairRun(Sweep):
                 work.kind,
                 work.plan.way,
             )
-        down = None
+        down: Mapping[int, Tensor] = {}
         if weights is not None:
-            down = weights.view(n_experts, width, hidden).transpose(1, 2).to(stored).cpu()
-        tensors = new_tensors(work.pruned, sides.index, down)
+            down = dict(enumerate(weights.view(n_experts, width, hidden).transpose(1, 2).cpu()))
+        tensors = new_tensors(work.pruned, sides.index, {"down": down})
         work.folder.save(sides.index, fit, tensors)
         self.progress.note(fit_text(sides.index, fit))
 
