@@ -143,7 +143,7 @@ COVERED_BY = [
     (
         "building/test_repair_stage.py",
         "whole bundles with a repair: their cards, and what is wrong with changed ones",
-        ("bundle/card_repair.py", "verifying/repaired.py"),
+        ("bundle/card_repair.py", "verifying/changed.py"),
     ),
     (
         "observing/test_loader.py",

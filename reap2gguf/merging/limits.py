@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from reap2gguf.pruning.protection import ProtectedExperts, Protection
     from reap2gguf.pruning.select import Target
 
-GROUP_SIZE = 16  # experts of a merged group, at most: REAM's C, as its authors set it
-
 
 def merged_layers(model: MoeModel) -> list[int]:
     """The layers whose experts are merged: those with experts, but for an MTP block.

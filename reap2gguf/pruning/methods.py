@@ -53,6 +53,7 @@ FROM_WEIGHTS: dict[str, str] = {
     "router row",
 }
 
+GROUP_SIZE = 16  # experts of one of REAM's groups, at most: its C, as its authors set it
 # Merges: experts become one with those that stay, layer by layer, in a pass of its own.
 MERGING: dict[str, str] = {
     "ream": "REAM: the experts with the highest REAP scores stay, and the others are merged into "

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # stages
 ALL = (
-    *("texts", "observe", "choose", "repair", "prune"),
+    *("texts", "observe", "choose", "merge", "repair", "prune"),
     *("imatrix", "fit", "export", "verify", "evaluate"),
 )
 LONG = 12 * 3600.0  # seconds; a shorter way is looked for
@@ -153,7 +153,7 @@ class Estimate:
         facts = self.plan.model.facts
         return {
             name: (self.stages[name], facts.n_blocks)
-            for name in ("observe", "repair", "imatrix")
+            for name in ("observe", "merge", "repair", "imatrix")
             if self.stages[name]
         }
 
