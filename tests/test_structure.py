@@ -50,6 +50,23 @@ COVERED_BY = [
         ("choosing/checks.py",),
     ),
     (
+        "merging/test_sweep.py",
+        "whole merges",
+        ("merging/budget.py", "merging/capture.py", "merging/layer.py", "observing/narrowed.py"),
+    ),
+    ("merging/test_alignment.py", "sums over tokens too", ("merging/statistics.py",)),
+    ("merging/test_grouping.py", "groups are what a layer keeps", ("merging/merge.py",)),
+    (
+        "building/test_merge_stage.py",
+        "what a build records and says, and its files",
+        ("building/merge_record.py", "bundle/card_merge.py", "merging/folder.py"),
+    ),
+    (
+        "building/test_merge_folder.py",
+        "what `prune` makes of a model",
+        ("api/changes.py",),
+    ),
+    (
         "choosing/test_repaired_candidate.py",
         "the candidate that is repaired",
         ("choosing/repaired.py",),

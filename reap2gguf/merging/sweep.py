@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from reap2gguf.errors import ObservationError, UnsupportedModelError
-from reap2gguf.evaluating.run import narrowed
 from reap2gguf.merging.budget import plan_merge
 from reap2gguf.merging.capture import Captured, capture
 from reap2gguf.merging.layer import MergeSpec, hc_merge, merged_matrices, ream_merge
@@ -41,6 +40,7 @@ from reap2gguf.observing.compute.experts import watch
 from reap2gguf.observing.compute.ranks import Ranks
 from reap2gguf.observing.decoder import SharedThreads, StreamedDecoder
 from reap2gguf.observing.loader import WeightLoader
+from reap2gguf.observing.narrowed import narrowed
 from reap2gguf.observing.saliency import SaliencyObserver
 from reap2gguf.observing.sweep import Sweep, open_sweep
 from reap2gguf.observing.sweep_plan import (

@@ -55,11 +55,9 @@ FROM_WEIGHTS: dict[str, str] = {
 
 GROUP_SIZE = 16  # experts of one of REAM's groups, at most: its C, as its authors set it
 # Merges: experts become one with those that stay, layer by layer, in a pass of its own.
-MERGING: dict[str, str] = {
-    "ream": "REAM: the experts with the highest REAP scores stay, and the others are merged into "
-    "those that they are most like",
-    "hc_smoe": "HC-SMoE: clusters of experts whose outputs are alike are merged",
-}
+# REAM keeps the experts with the highest REAP scores and merges the others into those that they are
+# most like; HC-SMoE merges clusters of experts whose outputs are alike.
+MERGING = ("ream", "hc_smoe")
 
 METHODS = (*OBSERVED, *FROM_WEIGHTS, *MERGING)
 GIVEN = "given"  # as it is recorded where the user named the experts that stay

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from reap2gguf.errors import ObservationError
-from reap2gguf.evaluating.run import narrowed
 from reap2gguf.observing.allocator import frees_at_once
 from reap2gguf.observing.compute.experts import watch
 from reap2gguf.observing.compute.ranks import Ranks
 from reap2gguf.observing.decoder import SharedThreads, StreamedDecoder
 from reap2gguf.observing.loader import TORCH_TYPES, WeightLoader
+from reap2gguf.observing.narrowed import narrowed
 from reap2gguf.observing.observer import Arrays, LayerObserver
 from reap2gguf.observing.spool import open_spool
 from reap2gguf.observing.sweep import Sweep, open_sweep
