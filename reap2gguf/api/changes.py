@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 class Changes:
     """How experts get new weights, if they do."""
 
+    checkpoint: Checkpoint  # the source, or its values decoded
     output: Path  # beside which they wait
     repair: str
     group_size: int | None
     calibration: CalibrationOptions
     compute: ComputeOptions
-    dequantizes: bool  # the source's weights
 
 
 @contextmanager
@@ -48,18 +48,15 @@ def pruned_model(
     """The pruned model, which experts it keeps, and what was done to them."""
     from reap2gguf.building.given import check_needs_observations
 
-    checkpoint = opened.checkpoint
-    if changes.dequantizes:
-        checkpoint = checkpoint.dequantized()
     if merges(wanted.method) and wanted.kept is None:
         check_needs_observations(wanted.method, observations)
-        with _merged(opened, checkpoint, wanted, changes, shown) as made:
+        with _merged(opened, wanted, changes, shown) as made:
             yield made
         return
     selection = chosen(opened, observations, wanted, shown)
     from reap2gguf.pruning.view import PrunedView
 
-    pruned = PrunedView(checkpoint, opened.model, selection.kept)
+    pruned = PrunedView(changes.checkpoint, opened.model, selection.kept)
     if changes.repair == "none":
         yield pruned, selection, None
         return
@@ -69,15 +66,14 @@ def pruned_model(
 
 
 @contextmanager
-def _merged(
-    opened: OpenModel, checkpoint: Checkpoint, wanted: Wanted, changes: Changes, shown: Progress
-) -> Iterator[Made]:
+def _merged(opened: OpenModel, wanted: Wanted, changes: Changes, shown: Progress) -> Iterator[Made]:
     """The merged model, whose experts are found by the merge itself."""
     from reap2gguf.merging.limits import check_merge
     from reap2gguf.pruning.protection import protection_notes
     from reap2gguf.pruning.select import choose_target
 
-    model, method, protection = opened.model, wanted.method, wanted.protection
+    checkpoint, model = changes.checkpoint, opened.model
+    method, protection = wanted.method, wanted.protection
     target = choose_target(model.facts, wanted.keep_experts, wanted.compression)
     size = changes.group_size or GROUP_SIZE
     protected = check_merge(checkpoint, model, method, target, protection, size)

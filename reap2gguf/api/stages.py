@@ -48,9 +48,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PruneResult:
-    """A pruned safetensors folder, and which experts it keeps."""
+    """What was pruned, and which experts it keeps."""
 
-    folder: Path
+    folder: Path  # of safetensors; of a GGUF model, the file or its first part
     selection: Selection
 
 
@@ -169,6 +169,8 @@ def prune(
 ) -> PruneResult:
     """Write MODEL without the experts that matter least, as a verified safetensors folder.
 
+    Of a GGUF file, `output` is a GGUF file too, of as many parts: the blocks of the experts that
+    stay, byte for byte. An interrupted call resumes from the tensor that `OUTPUT.journal` holds.
     Quantized weights stay as they are stored, unless `dequantize` is "bf16". `observations` is None
     for methods that rank experts by their weights alone, and with `kept`. A repair, "ridge" or
     "scale", fits the kept experts on the calibration text, and `compute` says where; an interrupted
@@ -188,16 +190,26 @@ def prune(
     options = given_or_new("calibration", calibration, CalibrationOptions)
     compute = given_or_new("compute", compute, ComputeOptions)
     with open_named(model, shown, mtp == "prune", follow_links) as opened:
-        if output.exists():
+        if opened.checkpoint.gguf is not None:
+            from reap2gguf.building.prune_gguf import check_output
+
+            check_output(output, repair, dequantize)
+        elif output.exists():
             raise OutputError(f"{output}: exists already; pass another output or move it away")
-        how = Changes(output, repair, group_size, options, compute, dequantize is not None)
+        checkpoint = opened.checkpoint if dequantize is None else opened.checkpoint.dequantized()
+        how = Changes(checkpoint, output, repair, group_size, options, compute)
         with pruned_model(opened, observations, wanted, how, shown) as (view, selection, change):
             from reap2gguf.building.prune_folder import prune_to_folder
 
             for line in selection.notes:
                 shown.note(line)
             where = output, shown, opened.source.label, selection.protected
-            prune_to_folder(view.source, opened.model, view, selection.method, *where, change)
+            if checkpoint.gguf is not None:
+                from reap2gguf.building.prune_gguf import prune_to_gguf
+
+                output = prune_to_gguf(opened, view, selection.method, output, shown)
+            else:
+                prune_to_folder(checkpoint, opened.model, view, selection.method, *where, change)
     return PruneResult(output, selection)
 
 
