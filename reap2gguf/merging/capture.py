@@ -80,7 +80,8 @@ def capture(
     waiting.flush()
     if not found.n_tokens:
         raise ObservationError(f"no rows are left; {decoder.why_not_finite(index)}")
-    observer.finish(index, [one.cpu() for one in observer.sums()], [*observer.peaks()])
+    sums_of_layer = [one.cpu() for one in observer.sums()]
+    observer.finish(index, sums_of_layer, [one.cpu() for one in observer.peaks()])
     found.seen = observer.layers[index]
     return found
 
