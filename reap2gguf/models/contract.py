@@ -305,6 +305,11 @@ class MoeModel(ABC):
         """The bound that logits are drawn below, by a tangent; None without."""
         return None
 
+    @property
+    def scales_experts(self) -> bool:
+        """Whether the router has a factor for each expert, and other inputs than the experts."""
+        return False
+
     def mtp_template(self) -> int:
         """A trunk layer of the kind that the MTP block's decoder layer is."""
         return self.facts.n_layers - 1

@@ -179,6 +179,10 @@ class Gemma4(DecoderModel):
         return self.text.number(_CAP, low=1e-3, high=_MOST)
 
     @property
+    def scales_experts(self) -> bool:
+        return True
+
+    @property
     def text_prefix(self) -> str:
         return "model.language_model." if self.is_nested else "model."
 

@@ -14,8 +14,8 @@ from gguf import GGUFReader
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import ArtifactError, UnknownTensorError, UnsupportedModelError
-from reap2gguf.evaluating.gguf_weights import GgufWeights
 from reap2gguf.gguf_files.reader import read_gguf_header
+from reap2gguf.gguf_source.weights import GgufWeights
 from reap2gguf.models.description import Carried, Router
 from reap2gguf.models.from_gguf import model_from_gguf
 from reap2gguf.models.gemma4 import Gemma4
