@@ -81,7 +81,7 @@ def card_use(model: MoeModel, card: int, context: int) -> CardUse:
 def _compute(model: MoeModel, header: _Header, cells: int) -> int:
     """Bytes of the buffer for a batch, at most."""
     facts = model.facts
-    of_experts = facts.experts_per_token * (3 * facts.expert_width + facts.hidden_size)
+    of_experts = facts.experts_per_token * (3 * facts.expert_width + facts.expert_io_width)
     heads = 4 * facts.n_heads * header.number(Keys.Attention.KEY_LENGTH, facts.head_dim)
     a_token = facts.vocab_size + _AROUND * facts.hidden_size + of_experts + heads
     return _BATCH * (_SINGLE * a_token + (_SINGLE + _HALF) * cells)

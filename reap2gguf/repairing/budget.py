@@ -111,13 +111,13 @@ def _size(context: SweepContext, way: str) -> GramSize:
     decoder = context.decoder
     facts, on_gpu = decoder.model.facts, decoder.device.type == "cuda"
     if not way:  # the weights before and after, and one expert's number
-        n_bytes = 4 * facts.n_experts * facts.expert_width * facts.hidden_size * 8
+        n_bytes = 4 * facts.n_experts * facts.expert_width * facts.expert_io_width * 8
         return GramSize(n_bytes, 0)
     return gram_size(
         way,
         facts.n_experts,
         facts.expert_width,
-        facts.hidden_size,
+        facts.expert_io_width,
         4 if on_gpu else 8,
         on_gpu,
     )
