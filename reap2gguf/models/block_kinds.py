@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.description import MAX_LAYERS
-from reap2gguf.models.layer_types import FULL, LINEAR
+from reap2gguf.models.layer_types import FULL, LINEAR, MOE
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.config import ConfigReader
 
-MOE, MLP = "moe", "mlp"
+MLP = "mlp"
 # newer configs have the first key; transformers prefers it
 LAYERS_KEYS = ("layers_block_type", "hybrid_override_pattern")
 MTP_KEYS = ("mtp_layers_block_type", "mtp_hybrid_override_pattern")

@@ -8,10 +8,9 @@ from gguf import Keys
 
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
-from reap2gguf.models.block_kinds import MOE
 from reap2gguf.models.description import MAX_HEADS, MAX_LAYERS, MAX_WIDTH
 from reap2gguf.models.from_gguf import common_config, trunk_layers
-from reap2gguf.models.layer_types import FULL, LINEAR
+from reap2gguf.models.layer_types import FULL, LINEAR, MOE
 from reap2gguf.models.scored_router import Scores
 
 if TYPE_CHECKING:

@@ -20,11 +20,11 @@ from gguf import GGUFValueType, Keys
 
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
-from reap2gguf.models.block_kinds import LAYERS_KEYS, MOE, MTP_KEYS, kinds_in, read_kinds
+from reap2gguf.models.block_kinds import LAYERS_KEYS, MTP_KEYS, kinds_in, read_kinds
 from reap2gguf.models.description import MAX_WIDTH, ModelFacts, Transform
 from reap2gguf.models.experts import ExpertLayout
 from reap2gguf.models.facts import FACT_KEYS, read_epsilon
-from reap2gguf.models.layer_types import FULL, LINEAR
+from reap2gguf.models.layer_types import FULL, LINEAR, MOE
 from reap2gguf.models.mamba2 import MAMBA2, MAMBA_KEYS, mamba2_config, read_mamba2
 from reap2gguf.models.nemotron_from_gguf import common_values, kinds_from_gguf
 from reap2gguf.models.nextn import NextnDecoder
