@@ -38,6 +38,11 @@ COVERED_BY = [
         "budgets, and what is refused before anything is measured",
         ("fitting/solving.py",),
     ),
+    (
+        "models/test_nemotron_h.py",
+        "headers of the whole family",
+        ("models/nemotron_from_gguf.py",),
+    ),
     ("pruning/test_select.py", "numbers of experts that no model has", ("pruning/counts.py",)),
     (
         "fitting/test_trading.py",
