@@ -17,11 +17,11 @@ from gguf import GGUFWriter
 
 from reap2gguf.comparing.compared import ModelComparison, compared
 from reap2gguf.errors import ArtifactError, CheckpointError, Reap2ggufError, UsageError
-from reap2gguf.evaluating.gguf_weights import GgufWeights
 from reap2gguf.evaluating.measure import evaluation_of_scores
 from reap2gguf.evaluating.scoring import Scorer
 from reap2gguf.evaluating.texts import EvaluationText, cut_text, fitting_chunk, read_text
 from reap2gguf.evaluating.variants import Variant
+from reap2gguf.gguf_source.weights import GgufWeights
 from reap2gguf.hub.gguf_file import HubGgufHeader
 from reap2gguf.messages import shown
 from reap2gguf.tokenizer.from_gguf import header_tokens, write_tokenizer
