@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 from reap2gguf.errors import UsageError
 from reap2gguf.importing.foreign_types import usual_file_type
 from reap2gguf.options import DEFAULT_RECIPES
+from reap2gguf.pruning.methods import merges
 from reap2gguf.quantizing.file_types import IK_MIXTURES, MIXTURES
 from reap2gguf.quantizing.labels import hub_label
 from reap2gguf.quantizing.recipe import Recipe
-from reap2gguf.quantizing.resolve import ResolvedRecipe, ResolvedTensor
+from reap2gguf.quantizing.resolve import ResolvedRecipe, ResolvedTensor, resolve
+from reap2gguf.tokenizer.check import check_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.gguf_files.reader import GgufHeader
     from reap2gguf.hub.retry import Note
+    from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import GgufTensor
     from reap2gguf.options import BuildOptions
     from reap2gguf.pruning.select import Target
@@ -42,6 +45,12 @@ def check_gguf_options(
             "--dequantize: no safetensors are made of a GGUF file; leave it out, or pass the "
             "safetensors checkpoint"
         )
+    if options.repair != "none" or merges(options.method):
+        how = "--repair" if options.repair != "none" else f"--method {options.method}"
+        raise UsageError(
+            f"{how}: it makes new weights, which a bundle keeps as safetensors, and of a GGUF file "
+            "there are none; leave it out, or pass the safetensors checkpoint"
+        )
     if not is_sliced(options, checkpoint):
         note(
             f"{checkpoint.gguf.path}: its weights are quantized again by the recipe, and lose "
@@ -52,11 +61,6 @@ def check_gguf_options(
         raise UsageError(
             f"{checkpoint.gguf.path}: all experts are kept, in the types that the file has: "
             "nothing would change; pass --compression or --keep-experts, or a --recipe"
-        )
-    if options.repair != "none":
-        raise UsageError(
-            "--repair: it makes new weights, and the blocks of a GGUF file stay as they are; pass "
-            "a --recipe, or the safetensors checkpoint"
         )
 
 
@@ -83,3 +87,29 @@ def _file_type(header: GgufHeader) -> str:
         if type(number) is int and number == mixture.file_type.value:
             return name
     return usual_file_type([info.tensor_type for info in header.tensors.values()])
+
+
+def recipes_of(
+    asked: Sequence[Recipe],
+    checkpoint: Checkpoint,
+    model: MoeModel,
+    tensors: Sequence[GgufTensor],
+    target: Target,
+    options: BuildOptions,
+) -> tuple[ResolvedRecipe, ...]:
+    """The recipes with the types of all tensors; of a GGUF file that is sliced, its own types."""
+    if is_sliced(options, checkpoint):
+        return (as_stored(checkpoint, tensors, options),)
+    return tuple(
+        resolve(recipe, tensors, model.facts, target.n_kept, has_imatrix=True) for recipe in asked
+    )
+
+
+def tokenizer_notes(checkpoint: Checkpoint, model: MoeModel) -> tuple[str, ...]:
+    """What a user should know of the tokenizer; that of a GGUF file stays as it is.
+
+    Raises what `check_tokenizer` raises.
+    """
+    if checkpoint.gguf is not None:
+        return ()
+    return check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.tokenizers)

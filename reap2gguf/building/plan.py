@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from reap2gguf.building.as_stored import as_stored, check_gguf_options, is_sliced
-from reap2gguf.building.asked import Asked, read_options
+from reap2gguf.building.as_stored import (
+    check_gguf_options,
+    is_sliced,
+    recipes_of,
+    tokenizer_notes,
+)
+from reap2gguf.building.asked import read_options
 from reap2gguf.building.given import (
     GivenImatrix,
     GivenObservations,
@@ -48,19 +53,18 @@ from reap2gguf.errors import UsageError
 from reap2gguf.gguf_files.imatrix_coverage import check_coverage
 from reap2gguf.hub.opened import resolve_model
 from reap2gguf.hub.retry import Note, ignore_note
+from reap2gguf.merging.limits import check_merge
 from reap2gguf.models.description import Dropped, SideFile
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
-from reap2gguf.pruning.methods import GIVEN, METHODS, is_from_weights
+from reap2gguf.pruning.methods import GIVEN, GROUP_SIZE, METHODS, is_from_weights, merges
 from reap2gguf.pruning.protection import check_protection
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.ik.workers import check_installed
 from reap2gguf.quantizing.labels import LabelledFile, label_warnings
 from reap2gguf.quantizing.minimum import check_needed
-from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from reap2gguf.repairing.limits import check_repair
-from reap2gguf.tokenizer.check import check_tokenizer
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.choice import ChoiceRecord
@@ -69,8 +73,8 @@ if TYPE_CHECKING:
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.hub.source import Source
     from reap2gguf.models.contract import MoeModel
-    from reap2gguf.models.description import GgufTensor
     from reap2gguf.options import BuildOptions
+    from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,18 @@ class Plan:
     def observes(self) -> bool:
         """Whether the build observes the experts, in order to rank them."""
         is_chosen = self.given_kept is not None or self.observations is not None
-        return self.target.prunes and not is_chosen and not self.ranks_by_weights
+        by_itself = self.ranks_by_weights or self.merges
+        return self.target.prunes and not is_chosen and not by_itself
+
+    @property
+    def merges(self) -> bool:
+        """Whether experts become one with those that stay."""
+        return self.target.prunes and self.given_kept is None and merges(self.options.method)
+
+    @property
+    def group_size(self) -> int:
+        """The most experts of one of REAM's groups."""
+        return self.options.group_size or GROUP_SIZE
 
     @property
     def ranks_by_weights(self) -> bool:
@@ -159,9 +174,9 @@ class Plan:
 
     @property
     def reads_rows(self) -> bool:
-        """Whether rows of the calibration are needed: to rank or repair experts, to choose by what
-        methods cost on some of them, or to ask an MTP block."""
-        return self.chooses or self.repairs or self.asks_mtp
+        """Whether rows of the calibration are needed: to rank, merge or repair experts, to choose
+        by what methods cost on some of them, or to ask an MTP block."""
+        return self.chooses or self.repairs or self.merges or self.asks_mtp
 
     @property
     def reads_calibration(self) -> bool:
@@ -177,7 +192,7 @@ class Plan:
     @property
     def n_sweeps(self) -> int:
         """How many calibration passes the build makes."""
-        return self.observes + self.repairs + self.computes_imatrix
+        return self.observes + self.merges + self.repairs + self.computes_imatrix
 
     @property
     def n_variants(self) -> int:
@@ -293,7 +308,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     checkpoint = _as_asked(source.open(note), options, note)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
     check_with_transformers(model)
-    caveats = _check_tokenizer(checkpoint, model)
+    caveats = tokenizer_notes(checkpoint, model)
     given_kept = given_kept_of(options, model.facts)
     target = choose_target(model.facts, options.keep_experts, options.compression)
     if given_kept is not None:
@@ -308,13 +323,16 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         )
     pruned = _with_first_experts(checkpoint, model, target)
     tensors = pruned.model.gguf_tensors(pruned.tensors)
-    recipes = _resolved(asked, checkpoint, model, tensors, target, options)
+    recipes = recipes_of(asked.recipes, checkpoint, model, tensors, target, options)
     name = bundle_name(options, source, target, note)
     folders = BundleFolders(options.output, name)
     keep_given(folders, (options.kept, options.observations, options.imatrix), target.prunes)
     observations = _observations(options, checkpoint, model, target)
     seen = None if observations is None else observations.seen
-    if target.prunes and given_kept is None:
+    if merges(options.method) and given_kept is None:
+        how = options.method, target, options.protection, options.group_size or GROUP_SIZE
+        check_merge(checkpoint, model, *how)
+    elif target.prunes and given_kept is None:
         check_protection(options.protection, seen, options.method, target, model.facts)
     imatrix = given_imatrix(options, model.facts, tensors, observations)
     weighted = pruned.model.weighted_matrices() if imatrix is None else imatrix.imatrix.entries
@@ -355,30 +373,6 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     if plan.reads_calibration and not asked.is_checked:
         check_calibration(plan.calibration, plan.files)
     return plan
-
-
-def _resolved(
-    asked: Asked,
-    checkpoint: Checkpoint,
-    model: MoeModel,
-    tensors: Sequence[GgufTensor],
-    target: Target,
-    options: BuildOptions,
-) -> tuple[ResolvedRecipe, ...]:
-    """The recipes with the types of all tensors; of a GGUF file that is sliced, its own types."""
-    if is_sliced(options, checkpoint):
-        return (as_stored(checkpoint, tensors, options),)
-    return tuple(
-        resolve(recipe, tensors, model.facts, target.n_kept, has_imatrix=True)
-        for recipe in asked.recipes
-    )
-
-
-def _check_tokenizer(checkpoint: Checkpoint, model: MoeModel) -> tuple[str, ...]:
-    """What a user should know of the tokenizer; that of a GGUF file stays as it is."""
-    if checkpoint.gguf is not None:
-        return ()
-    return check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.tokenizers)
 
 
 def _as_asked(checkpoint: Checkpoint, options: BuildOptions, note: Note) -> Checkpoint:

@@ -12,6 +12,7 @@ from reap2gguf.gguf_source.checkpoint import GgufCheckpoint
 from reap2gguf.gguf_source.file import model_name
 from reap2gguf.gguf_source.writing import journal_path, planned, write_pruned_gguf
 from reap2gguf.outputs import keep_inputs, output_file
+from reap2gguf.pruning.methods import merges
 
 if TYPE_CHECKING:
     from reap2gguf.hub.opened import OpenModel
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _SUFFIX = ".gguf"
 
 
-def check_output(output: Path, repair: str, dequantize: str | None) -> None:
+def check_output(output: Path, method: str, repair: str, dequantize: str | None) -> None:
     """Raises UsageError for what slicing cannot give: another format, or other weights.
 
     OutputError if the output exists, unless an interrupted call has left it.
@@ -33,6 +34,11 @@ def check_output(output: Path, repair: str, dequantize: str | None) -> None:
         )
     if output.exists() and not journal_path(output).exists():
         raise OutputError(f"{output}: exists already; pass another output or move it away")
+    if merges(method):
+        raise UsageError(
+            f"--method {method}: it makes new weights, and the blocks of a GGUF file stay as they "
+            "are; pass another method, or the safetensors checkpoint"
+        )
     if repair != "none":
         raise UsageError(
             "--repair: it makes new weights, and the blocks of a GGUF file stay as they are; leave "

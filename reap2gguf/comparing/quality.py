@@ -150,9 +150,8 @@ def _tokens(one: Opened) -> list[str]:
     assert one.model is not None
     folder = one.checkpoint.folder
     vocab_size = one.model.facts.vocab_size
-    return read_vocabulary(
-        read_tokenizer_json(folder), vocab_size, folder / "tokenizer.json"
-    ).tokens
+    tokenizer, where = read_tokenizer_json(folder), folder / "tokenizer.json"
+    return read_vocabulary(tokenizer, vocab_size, where, may_overlap=True).tokens
 
 
 def _other_tokens(one: Opened, expected: list[str], used: list[int], reference: str) -> str:

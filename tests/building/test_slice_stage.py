@@ -18,6 +18,8 @@ from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.verifying.report import Level
 from tests.exporting.files import export_files, plain, stored
 from tests.gguf_source.files import in_parts
+from tests.loopback_hub.model import serving
+from tests.loopback_hub.repository import COMMIT
 from tests.test_cli import run
 from tests.tiny import EXAMPLE
 
@@ -217,3 +219,31 @@ def test_a_manifest_that_contradicts_itself(sliced: Path, tmp_path: Path) -> Non
     (tmp_path / "reap2gguf.json").write_text(json.dumps(values))
     with pytest.raises(ArtifactError, match="n_parameters of what is left"):
         Manifest.load(tmp_path)
+
+
+def test_the_same_again(made: Path, sliced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the options that its manifest records."""
+    monkeypatch.chdir(made)
+    again = reap2gguf.options_like(sliced, model=str(made / "Example-Q4_K_M.gguf"))
+    assert reap2gguf.plan(again).slices
+    result = run("plan", "Example-Q4_K_M.gguf", "--like", sliced / "reap2gguf.json")
+    assert result.exit_code == 0, result.output
+    assert f"{NAME}-Q4_K_M.gguf" in result.output
+
+
+def test_a_file_on_the_hub(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundle that is built of it, but for where it came from."""
+    files = {"Example-Q4_K_M.gguf": (made / "Example-Q4_K_M.gguf").read_bytes()}
+    with serving(files, monkeypatch, tmp_path / "cache"):
+        name = "owner/name:Example-Q4_K_M.gguf"
+        reap2gguf.build(options(made, tmp_path / "out", model=name, kept=_kept(made)))
+        folder = tmp_path / "out" / "Example-pruned-0.25-GGUF"
+        manifest = Manifest.load(folder)
+        assert (manifest.source.label, manifest.source.revision) == ("owner/name", COMMIT)
+        assert manifest.source.gguf is not None
+        assert manifest.source.gguf.file == name
+        assert not reap2gguf.verify(folder, source=name).violations
+    alone = reap2gguf.prune(
+        made / "Example-Q4_K_M.gguf", None, tmp_path / "alone.gguf", kept=_kept(made)
+    ).folder
+    assert stored(folder / "Example-pruned-0.25-Q4_K_M.gguf") == stored(alone)
