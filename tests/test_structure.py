@@ -181,6 +181,11 @@ COVERED_BY = [
         ),
     ),
     (
+        "building/test_slice_stage.py",
+        "bundles of GGUF files, from their plan to their verification",
+        ("building/as_stored.py", "building/sliced_record.py", "verifying/opening.py"),
+    ),
+    (
         "gguf_source/test_checkpoint.py",
         "a file as a source: its names, its folder, its tokens, and observations of it",
         (
