@@ -46,6 +46,11 @@ class SourceRecord:
     earlier: EarlierPruning | None = None
     gguf: GgufOrigin | None = None  # None: safetensors
 
+    @property
+    def name(self) -> str:
+        """What --source takes: the folder or repository, or the GGUF file."""
+        return self.label if self.gguf is None else self.gguf.file
+
 
 @dataclass(frozen=True)
 class MtpRecord:
