@@ -57,7 +57,10 @@ COVERED_BY = [
     (
         "merging/test_sweep.py",
         "whole merges",
-        ("merging/budget.py", "merging/capture.py", "merging/layer.py", "observing/narrowed.py"),
+        (
+            *("merging/budget.py", "merging/capture.py", "merging/layer.py"),
+            *("merging/room.py", "observing/narrowed.py"),
+        ),
     ),
     ("merging/test_alignment.py", "sums over tokens too", ("merging/statistics.py",)),
     ("merging/test_grouping.py", "groups are what a layer keeps", ("merging/merge.py",)),
