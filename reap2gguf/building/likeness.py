@@ -86,7 +86,7 @@ class Likeness:
 
     @property
     def recipes(self) -> tuple[str | RecipeText, ...]:
-        """The recipe of every GGUF file, with its label; none is named if it was sliced."""
+        """The recipe of every GGUF file, with its label; where it was sliced, none is named."""
         if self.manifest.source.gguf is not None and self.manifest.gguf[0].adopted:
             return DEFAULT_RECIPES
         return tuple(
