@@ -11,6 +11,7 @@ from reap2gguf.messages import shown
 from reap2gguf.models.deepseek2 import DeepseekV2, DeepseekV3, Glm4MoeLite
 from reap2gguf.models.facts import COUNT_KEYS
 from reap2gguf.models.glm4_moe import Glm4Moe
+from reap2gguf.models.gpt_oss import GptOss
 from reap2gguf.models.granite_moe import GraniteMoe, GraniteMoeShared
 from reap2gguf.models.lfm2_moe import Lfm2Moe
 from reap2gguf.models.mixtral import Mixtral
@@ -30,6 +31,7 @@ ARCHITECTURES: dict[str, type[MoeModel]] = {
     "DeepseekV3ForCausalLM": DeepseekV3,
     "Glm4MoeForCausalLM": Glm4Moe,
     "Glm4MoeLiteForCausalLM": Glm4MoeLite,
+    "GptOssForCausalLM": GptOss,
     "GraniteMoeForCausalLM": GraniteMoe,
     "GraniteMoeSharedForCausalLM": GraniteMoeShared,
     "Lfm2MoeForCausalLM": Lfm2Moe,
