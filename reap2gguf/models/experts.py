@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from gguf import GGMLQuantizationType
+
+from reap2gguf.checkpoint.quantized.keys import BLOCKS
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.description import (
     Expert,
@@ -105,14 +108,16 @@ class ExpertLayout:
         Raises CheckpointError if what is stored below `prefix` has another shape, and
         UnsupportedModelError if its shape fits both orientations of an "either".
         """
-        return {
-            projection: GgufTensor(
+        found: dict[Projection, GgufTensor] = {}
+        for projection in self.projections:
+            slabs = self._slabs(stored, prefix, projection, facts)
+            found[projection] = GgufTensor(
                 f"blk.{layer}.ffn_{projection}_exps.weight",
                 (facts.n_experts, *_matrix(projection, facts)),
-                self._slabs(stored, prefix, projection, facts),
+                slabs,
+                block_type=_block_type(stored, slabs[0]),
             )
-            for projection in self.projections
-        }
+        return found
 
     def shapes(self, prefix: str, facts: ModelFacts) -> dict[str, tuple[int, ...]]:
         """Stored names and shapes of a layer's experts: one tensor each (2D), if they may be."""
@@ -216,6 +221,15 @@ def _matrix(projection: Projection, facts: ModelFacts) -> tuple[int, int]:
     if projection == "down":
         return hidden, width
     return (2 * width if projection == "gate_up" else width), hidden
+
+
+def _block_type(stored: Mapping[str, StoredTensor], slab: Slab) -> GGMLQuantizationType | None:
+    """The type of the blocks that rows are stored in, if a GGUF file has such rows.
+
+    Blocks of MXFP4 lie along what the decoded matrices (in, out) have as columns.
+    """
+    is_mxfp4 = stored[slab.stored].coded == BLOCKS and slab.transposed
+    return GGMLQuantizationType.MXFP4 if is_mxfp4 else None
 
 
 def _slice(chosen: range) -> slice:

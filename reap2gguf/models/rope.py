@@ -116,9 +116,9 @@ def read_rope(
 
     `default_share` is the `partial_rotary_factor` of a config without one, `default_theta` its
     `rope_theta`. With `may_have_fractions`, `truncate` may be false, although llama.cpp rounds the
-    range of YaRN to whole dimensions. Raises UnsupportedModelError for a scaling that is not none, linear or yarn, for a
-    setting that llama.cpp cannot express or that is not known, and for two settings that contradict
-    each other.
+    range of YaRN to whole dimensions. Raises UnsupportedModelError for a scaling that is not none,
+    linear or yarn, for a setting that llama.cpp cannot express or that is not known, and for two
+    settings that contradict each other.
     """
     values = _settings(read, default_share, default_theta)
     kind = values.values.get("rope_type", values.values.get("type", "default"))
@@ -253,8 +253,9 @@ def _refuse_inexpressible(values: ConfigReader, may_have_fractions: bool) -> Non
     known = (True, False) if may_have_fractions else (True,)
     if not any(values.values.get("truncate", True) is one for one in known):
         raise UnsupportedModelError(
-            f"{values.where}: truncate is {shown(values.values['truncate'])}, expected true: "
-            "llama.cpp's YaRN always rounds its range to whole dimensions"
+            f"{values.where}: truncate is {shown(values.values['truncate'])}, expected "
+            f"{' or '.join(str(one).lower() for one in known)}: llama.cpp's YaRN always rounds its "
+            "range to whole dimensions"
         )
 
 

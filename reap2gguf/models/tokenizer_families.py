@@ -67,6 +67,14 @@ _KIMI_PATTERN = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 KIMI_STEPS = (_KIMI_PATTERN,)
+# that of GPT-4o
+_O200K_LOWER, _O200K_UPPER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_O200K_PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_O200K_UPPER}*{_O200K_LOWER}+{_KIMI_END}"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_O200K_UPPER}+{_O200K_LOWER}*{_KIMI_END}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+O200K_STEPS = (_O200K_PATTERN,)
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,7 @@ _GRANITE = TokenizerFamily({(ONE_DIGIT, GPT2_PATTERN): "refact"}, space_prefix=T
 _FAMILIES: Mapping[str, TokenizerFamily] = {
     "glm4_moe": _GLM,
     "glm4_moe_lite": _GLM,
+    "gpt_oss": TokenizerFamily({O200K_STEPS: "gpt-4o"}),
     "lfm2_moe": TokenizerFamily({LLAMA3_STEPS: "lfm2"}),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,

@@ -254,6 +254,8 @@ def _reason(entry: ResolvedTensor) -> str:
     """Why a tensor did not get the type that was meant for it."""
     if entry.wanted is None:
         return ""
+    if entry.is_copied:
+        return f"they are stored as {entry.tensor_type.name}, and more bits hold nothing more"
     block = block_of(entry.wanted)[0]
     return (
         f"rows of {entry.tensor.n_columns:,} do not fill the blocks of {block} that "

@@ -161,7 +161,7 @@ def test_every_stored_value_is_used_once(case: Case) -> None:
         role = case.model.role(name)
         unused = isinstance(role, Carried | Dropped) or case.model.is_beside_gguf(name)
         if name not in transformed and not unused:
-            fused = isinstance(role, Expert) and role.expert is None
+            fused = isinstance(role, Expert) and role.expert is None and role.part == "weight"
             n_rows = one.shape[2 if name in turned else 1] if fused else one.shape[0]
             for index in range(one.shape[0] if fused else 1):
                 expected |= {(name, index, row) for row in range(n_rows)}
@@ -324,6 +324,32 @@ def values_of(checkpoint: Checkpoint, tensor: GgufTensor) -> np.ndarray:
     return np.concatenate(parts).reshape(tensor.shape)
 
 
+def biases_of(checkpoint: Checkpoint, model: MoeModel, layer: int) -> dict[str, torch.Tensor]:
+    """Of the experts' projections, (E, rows), or (E, 1) zeros where the family has none."""
+    made = {tensor.name: tensor for tensor in model.gguf_tensors(checkpoint.tensors)}
+    found = {}
+    for projection in ("gate", "up", "down"):
+        tensor = made.get(f"blk.{layer}.ffn_{projection}_exps.bias")
+        values = torch.zeros(model.facts.n_experts, 1)
+        found[projection] = (
+            values if tensor is None else torch.from_numpy(values_of(checkpoint, tensor))
+        )
+    return found
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(gate) * up
+
+
+def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """gpt-oss: gates up to 7, ups from -7 to 7."""
+    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+ACTIVATIONS = {"gpt-oss": clamped_swiglu}
+
+
 @every_layout
 def test_matrices_are_all_those_of_a_layer(case: Case) -> None:
     model = case.model
@@ -341,6 +367,7 @@ def test_matrices_are_all_those_of_a_layer(case: Case) -> None:
             for name, tensor in made.items()
             if name.startswith(f"blk.{layer}.")
             and len(tensor.shape) > 1
+            and not name.endswith("_exps.bias")
             # an embedding and a head of the MTP block's own have none, like those of the model
             and not name.endswith(("nextn.embed_tokens.weight", "nextn.shared_head_head.weight"))
             # convolutions are stored with an axis more, and multiply nothing
@@ -426,13 +453,16 @@ def test_what_is_observed_is_the_formula(case: Case, tmp_path: Path) -> None:
         for layer, (hidden, indices, weights) in given.items():
             made = model.expert_tensors(layer, checkpoint.tensors)
             matrices = {p: torch.from_numpy(values_of(checkpoint, t)) for p, t in made.items()}
+            biases = biases_of(checkpoint, model, layer)
             seen = observer.layers[layer]
             for expert in range(model.facts.n_experts):
                 token, place = torch.where(indices == expert)
                 inputs, gates = hidden.reshape(-1, hidden.shape[-1])[token], weights[token, place]
                 gate, up, down = (matrices[p][expert] for p in ("gate", "up", "down"))
-                activations = torch.nn.functional.silu(inputs @ gate.T) * (inputs @ up.T)
-                norms = (activations @ down.T).norm(dim=-1)
+                gate_bias, up_bias, down_bias = (biases[p][expert] for p in ("gate", "up", "down"))
+                activate = ACTIVATIONS.get(model.gguf_arch, swiglu)
+                activations = activate(inputs @ gate.T + gate_bias, inputs @ up.T + up_bias)
+                norms = (activations @ down.T + down_bias).norm(dim=-1)
                 assert seen.count[expert] == len(token)
                 assert seen.reap_sum[expert] == pytest.approx(
                     float((norms * gates).sum()), rel=1e-5

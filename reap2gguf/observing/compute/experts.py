@@ -191,7 +191,8 @@ def _grouped(self: Any, name: str, values: Tensor, ends: Tensor) -> Tensor:
     biases = getattr(self, f"{name}_bias")
     numbers = torch.arange(len(found), dtype=ends.dtype, device=ends.device)
     experts = torch.searchsorted(ends, numbers, right=True)
-    for some, own in zip(found.split(_BIASED_ROWS), experts.split(_BIASED_ROWS), strict=True):
+    parts = torch.split(found, _BIASED_ROWS), torch.split(experts, _BIASED_ROWS)
+    for some, own in zip(*parts, strict=True):
         some += biases[own]
     return found
 
