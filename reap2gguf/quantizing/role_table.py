@@ -255,7 +255,9 @@ def _reason(entry: ResolvedTensor) -> str:
     if entry.wanted is None:
         return ""
     if entry.is_copied:
-        return f"they are stored as {entry.tensor_type.name}, and more bits hold nothing more"
+        return (
+            f"they are stored as {entry.tensor_type.name}, and would take no fewer bits in another"
+        )
     block = block_of(entry.wanted)[0]
     return (
         f"rows of {entry.tensor.n_columns:,} do not fill the blocks of {block} that "

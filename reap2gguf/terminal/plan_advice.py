@@ -85,7 +85,7 @@ def copied_lines(recipe: ResolvedRecipe) -> Iterator[str]:
         return
     kept = copied[0].tensor_type.name
     others = sorted({entry.wanted.name for entry in copied if entry.wanted is not None})
-    instead = f", not {' and '.join(others)}, since more bits hold nothing more" if others else ""
+    instead = f"; as {' or '.join(others)} they would take no fewer bits" if others else ""
     yield f"{len(copied)} tensors stay in the {kept} that they are stored in, bit for bit{instead}"
 
 
