@@ -35,8 +35,9 @@ _FEW_LAYERS = 4
 CONTEXT_BYTES = 640 * 2**20  # what CUDA and its libraries take of a GPU, tensors aside
 HOST_BYTES = 2 * 2**30  # of the host, left to the rest of the program and to the system
 _SLACK = 0.92  # allocators round up
-# Of the weights of a whole row's attention, of all heads, where no kernel computes it in pieces.
-_EAGER_COPIES = 5
+# Of the weights of attention over a whole row, of all heads, where no kernel computes it in pieces:
+# 3.2 were measured.
+_EAGER_COPIES = 4
 _MOVING = 4  # batches of hidden states on their way to and from the host
 _USUAL = 0.85  # of what a batch takes at most (bench/plan.py)
 _SMALLEST_RAISE = 2**26  # what a message advises to add to --memory, at least
