@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import llama_cpp
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Mxfp4Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import UnknownTensorError, UnsupportedModelError
 from reap2gguf.models.from_gguf import model_from_gguf
 from reap2gguf.models.gpt_oss import GptOss
+from reap2gguf.models.qwen3_moe import Qwen3Moe
 from reap2gguf.models.table import BY_GGUF, describe
 from reap2gguf.models.transformers_config import check_with_transformers, transformers_config
 from reap2gguf.progress import Silent
@@ -28,8 +31,10 @@ from tests.families.gpt_oss import THETA, TINY, YARN
 from tests.models.converted import contents
 from tests.models.drawn import ABSENT
 from tests.models.layouts import stored_of
+from tests.models.oracles import SMALL_VOCAB, mean_kl, tokens
 from tests.models.test_from_gguf import header_of
 from tests.quantized import as_mxfp4
+from tests.tiny import ONE_THREAD, TinyQwen3Moe
 
 PACKED = as_mxfp4(TINY)
 # of config.json of openai/gpt-oss-20b
@@ -114,11 +119,7 @@ def test_the_fractions_of_yarn_are_told() -> None:
 
 
 def test_fractions_are_refused_in_other_families() -> None:
-    from tests.tiny import TinyQwen3Moe
-
     config = {**TinyQwen3Moe().config(), "rope_scaling": PUBLISHED}
-    from reap2gguf.models.qwen3_moe import Qwen3Moe
-
     with pytest.raises(UnsupportedModelError, match="truncate is False, expected true"):
         Qwen3Moe(config, "here/config.json").gguf_metadata()
 
@@ -236,3 +237,38 @@ def test_dequantized_experts_are_of_no_blocks(tmp_path: Path) -> None:
         plain_one = checkpoint.dequantized()
         made = describe(plain_one).gguf_tensors(plain_one.tensors)
         assert all(one.block_type is None for one in made)
+
+
+def test_transformers_loads_the_pruned_folder(tmp_path: Path) -> None:
+    """And has the values that are decoded here, so the logits are those of the GGUF's blocks."""
+    folder, target = PACKED.write(tmp_path / "model"), tmp_path / "pruned"
+    target.mkdir()
+    with Checkpoint.open(folder) as checkpoint:
+        model = describe(checkpoint)
+        view = PrunedView(checkpoint, model, dict.fromkeys(model.facts.moe_layers, KEPT))
+        write_pruned(view, target, Silent())
+    theirs, said = AutoModelForCausalLM.from_pretrained(
+        target,
+        quantization_config=Mxfp4Config(dequantize=True),
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    assert not any(said.values())
+    state = theirs.get_decoder().state_dict()
+    with Checkpoint.open(target) as checkpoint:
+        for name in ("gate_up_proj", "down_proj"):
+            path = f"layers.1.mlp.experts.{name}"
+            expected = checkpoint.read_float32(f"model.{path}")
+            np.testing.assert_array_equal(state[path].float().numpy(), expected)
+    row = tokens(SMALL_VOCAB)
+    with torch.inference_mode():
+        logits = theirs.float()(torch.tensor([row])).logits[0]
+    path = export_files(target, tmp_path, [plain("F32")])["F32"]
+    llama = llama_cpp.Llama(
+        str(path), n_ctx=64, n_batch=64, logits_all=True, verbose=False, **ONE_THREAD
+    )
+    llama.eval(row)
+    found = torch.tensor(np.array(llama.scores[: len(row)]))
+    llama.close()
+    # llama.cpp rounds what it multiplies blocks with to 8 bits
+    assert mean_kl(logits, found) < 1e-3
