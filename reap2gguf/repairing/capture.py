@@ -44,13 +44,16 @@ class _Unseen:
 class Tap:
     """Takes what goes into and comes out of the experts of a layer, of one batch at a time."""
 
-    def __init__(self, experts: torch.nn.Module) -> None:
-        """Raises UnsupportedModelError for experts whose outputs are not linear in `down_proj`."""
+    def __init__(self, experts: torch.nn.Module, option: str = "--repair") -> None:
+        """Raises UnsupportedModelError for experts whose outputs are not linear in `down_proj`.
+
+        `option`: what the user asked for.
+        """
         watch(experts, watcher := _Unseen())
         others = ("is_transposed", "has_bias", "has_post_expert_norm")
         if any(getattr(experts, name, False) for name in others):
             raise UnsupportedModelError(
-                f"{type(experts).__name__}: --repair is not defined for experts with biases or a "
+                f"{type(experts).__name__}: {option} is not defined for experts with biases or a "
                 "norm after them, or whose matrices transformers keeps transposed; leave it out"
             )
         self._watcher = watcher

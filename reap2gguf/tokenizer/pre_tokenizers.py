@@ -111,6 +111,12 @@ PRE_TOKENIZERS = {
         differs="llama.cpp's kimi-k2 begins no new word at a capital letter or a combining mark, "
         "and transformers does: text such as camelCase can get other token ids there",
     ),
+    "minimax-m2": PreTokenizer(
+        (_O200K,),
+        differs="llama.cpp's minimax-m2 takes a letter beyond ASCII for a capital and a small one "
+        "at once, and a combining mark for no letter, and transformers does not: text such as "
+        "ÉCOLE can get other token ids there",
+    ),
 }
 
 # Characters that stand for a class of characters outside ASCII, as llama.cpp does it: one pattern

@@ -187,6 +187,21 @@ PUBLISHED = (
         normalizer={"type": "Sequence", "normalizers": []},
     ),
     Published(
+        "minimax_m2",
+        "MiniMaxM2ForCausalLM",
+        "minimax-m2",
+        [split(O200K_STEPS[0]), LAST],
+        ["]!p~[", "<fim_prefix>", "<reponame>", "]~b]", "[e~[", "]!d~[", "]<]image[>[", "]~!b["],
+        ["<minimax:tool_call>", "<think>", "</think>"],
+        {
+            "add_prefix_space": False,
+            "bos_token": "]~!b[",
+            "eos_token": "[e~[",
+            "unk_token": "]!d~[",
+            "tokenizer_class": "GPT2Tokenizer",
+        },
+    ),
+    Published(
         "olmoe",
         "OlmoeForCausalLM",
         "olmo",

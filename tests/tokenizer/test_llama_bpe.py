@@ -55,6 +55,7 @@ STEPS: dict[str, list[dict[str, Any]]] = {
     "olmo": [SPLITS_ITSELF],
     "refact": [DIGITS, {**SPLITS_ITSELF, "use_regex": True}],
     "kimi-k2": [*map(split, KIMI_STEPS), LAST],
+    "minimax-m2": [*map(split, O200K_STEPS), LAST],
 }
 
 
@@ -72,6 +73,10 @@ DIFFERENT: dict[str, Callable[[str], str]] = {
     ),
     "kimi-k2": lambda text: "".join(
         char for char in text.lower() if unicodedata.category(char)[0] != "M"
+    ),
+    "minimax-m2": lambda text: (
+        "".join(c for c in text if c < "\x80" or unicodedata.category(c) not in (*_CASED, *_MARKS))
+        + "".join(c for c in text.lower() if unicodedata.category(c) not in (*_CASED[:2], *_MARKS))
     ),
 }
 
@@ -147,6 +152,8 @@ def test_ids_are_those_of_llama_cpp_and_of_the_library(name: str, tmp_path: Path
         (["中文", "abc", "123", "4"], "deepseek-v3"),
         (["get", "HTTPName's", " it", "123", "4", "!//\n", "x"], "gpt-4o"),
         (["É", "COLE", " aÉbe", "\u0301s"], "gpt-4o"),
+        (["get", "HTTPName's", " it", "123", "4", "!//\n", "x"], "minimax-m2"),
+        (["É", "COLE", " aÉbe", "\u0301s"], "minimax-m2"),
     ],
 )
 def test_words(words: list[str], name: str) -> None:
