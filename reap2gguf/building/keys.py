@@ -48,6 +48,7 @@ FIT_FORMAT = 1  # how types are chosen for a size
 WEIGHTS_FORMAT = 1  # how experts are scored by their weights alone
 EXPORT_FORMAT = 1  # headers and tensors of GGUF files
 CHOOSE_FORMAT = 1  # which rows are held out, what is measured on which texts, and the rule
+WEIGH_FORMAT = 1  # which numbers of experts are weighed, on what, and how damage is predicted
 EVALUATE_FORMAT = 1  # what is measured, and how
 VERIFY_FORMAT = 1  # what is compared before a bundle is finished
 
@@ -192,6 +193,8 @@ class BuildKeys:
     @property
     def _base(self) -> str:
         plan = self.plan
+        if plan.unweighed is not None:  # what was asked for is the same before and after
+            return self.of(plan.unweighed)._base
         return stage_key(
             *(TEXTS_FORMAT, OBSERVE_FORMAT, PRUNE_FORMAT, IMATRIX_FORMAT),
             self._source,
@@ -211,6 +214,33 @@ class BuildKeys:
             *self._computing,
             *((REPAIR_FORMAT, self._asked_repair) if self._asked_repair else ()),
             *self._sums,
+            *((WEIGH_FORMAT, self._weighing) if plan.weighs else ()),
+        )
+
+    @property
+    def _weighing(self) -> tuple[object, ...]:
+        """What was asked for where the number of experts is weighed."""
+        options = self.plan.options
+        text = options.choose_text
+        other = None if text is None else (text.name, self.plan.files.text(text).sha256)
+        return self.plan.counts, repr(options.target), options.tensor_types, other
+
+    def weigh(self, kept: Mapping[int, Kept], observations: str, text: str) -> str:
+        """The key of a budget's division, by the experts that each number keeps.
+
+        `observations` and `text` are the hashes of the observations' file and of the tokens.
+        """
+        options, given = self.plan.options, self.plan.imatrix
+        choices = [(count, sorted(experts.items())) for count, experts in kept.items()]
+        return stage_key(
+            WEIGH_FORMAT,
+            (FIT_FORMAT, ggml_identity()),
+            self._source,
+            choices,
+            repr(options.target),
+            options.tensor_types,
+            (observations, None if given is None else given.sha256, text),
+            *self._computing,
         )
 
     @property

@@ -1,14 +1,16 @@
 """A build, from a checkpoint to a verified bundle: the table of contents of the program.
 
-    plan -> texts -> observe -> choose -> repair -> { prune, imatrix, export, verify } -> evaluate
-      -> record
+    plan -> texts -> observe -> weigh -> choose -> repair
+      -> { prune, imatrix, export, verify } -> evaluate -> record
 
 Stages in braces overlap: GGUF files are written layer by layer as their importance is known, beside
 the safetensors, and each format is verified when it is written (`together.py`). With a target size,
 `fit` chooses the types of a file between `imatrix` and `export`, and so the export waits.
 
-With `--method auto` a stage measures which method of pruning is best, and the plan goes on with it.
-The kept experts are repaired where that is asked for: what follows is then of the repaired model.
+With `--compression auto` a stage weighs numbers of experts against bits for the size that was
+asked for, and the plan goes on with the best. With `--method auto` a stage measures which method of
+pruning is best, and the plan goes on with it. The kept experts are repaired where that is asked
+for: what follows is then of the repaired model.
 A build that keeps all experts has nothing to observe and nothing to prune: it writes GGUF files
 alone. One that ranks experts by their weights has nothing to observe. Given observations, and a
 given importance matrix, take the place of the stages that make them; with both, no text is read.
@@ -49,6 +51,8 @@ from reap2gguf.building.standing import refuse_dropping, standing
 from reap2gguf.building.text_stage import ReadTexts
 from reap2gguf.building.together import do_after, do_together
 from reap2gguf.building.verify_stage import Verify
+from reap2gguf.building.weigh_stage import Weigh, known_budget, weigh_experts
+from reap2gguf.building.weighed import settled
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.exporting.quantizers import note_quantizers
 from reap2gguf.machine import processes
@@ -60,10 +64,11 @@ from reap2gguf.pruning.view import PrunedView
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
     from reap2gguf.building.plan import Plan
+    from reap2gguf.building.standing import Standing
     from reap2gguf.pruning.select import Kept
 
 STAGES: Sequence[type[Stage[Any]]] = (
-    *(ReadTexts, Observe, Choose, Repair, Prune, Importance, Export, Verify),
+    *(ReadTexts, Observe, Weigh, Choose, Repair, Prune, Importance, Export, Verify),
     Evaluate,
 )
 
@@ -98,7 +103,7 @@ def _run_stages(run: Run) -> BuildResult | None:
     """All stages in order; no other build of this name is running."""
     plan = run.plan
     run.check_same_model()
-    found = standing(plan, run.keys, run.work) if run.is_first else None
+    found = _standing(run) if run.is_first else None
     if run.agree(lambda: found is not None):
         run.dismiss()
         return None if found is None else extend_finished(run, found)
@@ -111,10 +116,12 @@ def _run_stages(run: Run) -> BuildResult | None:
 
     texts = run.do(ReadTexts(run)) if plan.reads_texts else None
     observed = run.do(Observe(run, needed(texts))) if plan.observes else None
+    if plan.weighs:
+        plan = weigh_experts(run, texts, observed)
     if plan.chooses:
         plan = choose_method(run, needed(texts), observed)
     kept = run.agree(lambda: chosen_experts(run, observations_of(plan, observed)))
-    seen = observations_of(plan, observed) if run.is_first else None
+    seen = observations_of(plan, observed) if run.is_first and plan.target.prunes else None
     protected = protected_of(plan, seen) if run.is_first else ProtectedExperts()
     if run.is_first:
         _note_choice(run, seen, kept, protected)
@@ -136,7 +143,7 @@ def _run_stages(run: Run) -> BuildResult | None:
 
     evidence = Evidence(
         seen,
-        observations_sha256(plan, observed),
+        observations_sha256(plan, observed) if plan.target.prunes else "",
         importance.texts,
         kept,
         protected,
@@ -156,6 +163,20 @@ def _run_stages(run: Run) -> BuildResult | None:
     manifest = write_record(plan, run.work, evidence, pruned)
     run.work.finalize(run.keys.inputs, [asdict(cost) for cost in run.costs])
     return BuildResult.of(run.work, manifest, run.costs)
+
+
+def _standing(run: Run) -> Standing | None:
+    """The finished bundle that the build only has to extend, as `standing` finds it.
+
+    Where its number of experts was weighed, the run goes on with that number.
+    """
+    plan = run.plan
+    if (record := known_budget(plan, run.keys, run.work)) is not None:
+        run.work.has_hf = run.settle(settled(plan, record)).writes_hf
+    found = standing(run.plan, run.keys, run.work)
+    if found is None and record is not None:  # it is not what it was: everything is done again
+        run.work.has_hf = run.settle(plan).writes_hf
+    return found
 
 
 def _note_choice(

@@ -23,6 +23,14 @@ from reap2gguf.building.history import History, read_history
 from reap2gguf.building.naming import bundle_name
 from reap2gguf.building.plan_sides import planned_side_files
 from reap2gguf.building.sized import SizedFile, other_labels, with_sized
+from reap2gguf.building.weighed import (
+    Opened,
+    check_matrix,
+    counts_of,
+    planned_target,
+    sized_options,
+    with_first_experts,
+)
 from reap2gguf.bundle.layout import BundleFolders, model_file, side_file
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.options_record import (
@@ -52,8 +60,7 @@ from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
 from reap2gguf.pruning.methods import GIVEN, METHODS, is_from_weights
 from reap2gguf.pruning.protection import check_protection
-from reap2gguf.pruning.select import Kept, Target, choose_target
-from reap2gguf.pruning.view import PrunedView
+from reap2gguf.pruning.select import Target, choose_target
 from reap2gguf.quantizing.ik.workers import check_installed
 from reap2gguf.quantizing.labels import LabelledFile, label_warnings
 from reap2gguf.quantizing.minimum import check_needed
@@ -62,12 +69,14 @@ from reap2gguf.repairing.limits import check_repair
 from reap2gguf.tokenizer.check import check_tokenizer
 
 if TYPE_CHECKING:
+    from reap2gguf.bundle.budget import BudgetRecord
     from reap2gguf.bundle.choice import ChoiceRecord
     from reap2gguf.calibration.scanned_files import ScannedFiles
     from reap2gguf.calibration.spec import Calibration
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.options import BuildOptions
+    from reap2gguf.pruning.view import PrunedView
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,14 @@ class Plan:
     imatrix: GivenImatrix | None = None  # None: the build computes it
     sized: SizedFile | None = None  # the last file, if its types are chosen in the build
     choice: ChoiceRecord | None = None  # of a method, once it was made
+    counts: tuple[int, ...] = ()  # of experts that are weighed; none: the number was named
+    budget: BudgetRecord | None = None  # what each of them costs, once it was weighed
+    unweighed: Plan | None = None  # this plan before that
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the build still has to find how many experts stay."""
+        return bool(self.counts) and self.budget is None
 
     @property
     def observes(self) -> bool:
@@ -142,12 +159,18 @@ class Plan:
     @property
     def takes_sums(self) -> bool:
         """Whether the pass that ranks the experts takes the sums of the importance matrix, too."""
+        is_asked = self.options.imatrix_from == "source"
+        return self.observes and (is_asked or (bool(self.counts) and self.imatrix is None))
+
+    @property
+    def quantizes_by_sums(self) -> bool:
+        """Whether these sums are the importance matrix of the files."""
         return self.observes and self.options.imatrix_from == "source"
 
     @property
     def computes_imatrix(self) -> bool:
         """Whether the build makes a calibration pass for the importance matrix alone."""
-        return self.imatrix is None and not self.takes_sums
+        return self.imatrix is None and not self.quantizes_by_sums
 
     @property
     def reads_rows(self) -> bool:
@@ -286,7 +309,13 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     check_with_transformers(model)
     caveats = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.tokenizers)
     given_kept = given_kept_of(options, model.facts)
-    target = choose_target(model.facts, options.keep_experts, options.compression)
+    opened, counts = Opened(checkpoint, model, source.short_name), tuple[int, ...]()
+    if options.weighs:
+        options = sized_options(options, opened)
+        counts = counts_of(options, opened)
+        target = planned_target(model.facts, counts)
+    else:
+        target = choose_target(model.facts, options.keep_experts, options.ratio)
     if given_kept is not None:
         target = given_kept.target
     if options.repair != "none":
@@ -296,7 +325,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
             "--dequantize: no expert is removed, so no safetensors are written; leave it out, or "
             "pass --keep-experts"
         )
-    pruned = _with_first_experts(checkpoint, model, target)
+    pruned = with_first_experts(checkpoint, model, target)
     tensors = pruned.model.gguf_tensors(pruned.tensors)
     recipes = tuple(
         resolve(recipe, tensors, model.facts, target.n_kept, has_imatrix=True)
@@ -309,6 +338,8 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     seen = None if observations is None else observations.seen
     if target.prunes and given_kept is None:
         check_protection(options.protection, seen, options.method, target, model.facts)
+    if counts:
+        check_matrix(options, opened, observations)
     imatrix = given_imatrix(options, model.facts, tensors, observations)
     weighted = pruned.model.weighted_matrices() if imatrix is None else imatrix.imatrix.entries
     sized, recipes = with_sized(options, source.label, name, pruned, weighted, recipes)
@@ -333,6 +364,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         observations=observations,
         imatrix=imatrix,
         sized=sized,
+        counts=counts,
     )
     check_installed(recipes)
     for recipe in recipes:
@@ -355,12 +387,6 @@ def _as_asked(checkpoint: Checkpoint, options: BuildOptions, note: Note) -> Chec
     if checkpoint.decoding is None:
         note(f"--dequantize: {checkpoint.folder.name} is not quantized, so it changes nothing")
     return checkpoint.dequantized()
-
-
-def _with_first_experts(checkpoint: Checkpoint, model: MoeModel, target: Target) -> PrunedView:
-    """The model with the first experts of each layer: of the sizes that any choice has."""
-    first_ones: Kept = {layer: tuple(range(target.n_kept)) for layer in model.facts.moe_layers}
-    return PrunedView(checkpoint, model, first_ones)
 
 
 def _observations(

@@ -111,6 +111,7 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence, written: PrunedV
         evaluation=evidence.evaluation,
         has_observations=evidence.observations is not None,
         choice=plan.choice,
+        budget=plan.budget,
     )
     return _write(plan, work, evidence, manifest)
 
@@ -223,7 +224,7 @@ def _options_record(plan: Plan) -> OptionsRecord:
     text = options.imatrix_text
     return OptionsRecord(
         keep_experts=options.keep_experts,
-        compression=options.compression,
+        compression=options.ratio,
         name=options.name,
         method=options.method,
         mtp=options.mtp,

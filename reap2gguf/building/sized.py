@@ -16,14 +16,21 @@ from reap2gguf.building.keys import FIT_FORMAT, ggml_identity, stage_key
 from reap2gguf.exporting.header_facts import HeaderNames, pruning_values
 from reap2gguf.files import file_sha256
 from reap2gguf.fitting.errors_table import FORMAT, SAMPLED, Cache, Where
-from reap2gguf.fitting.fitted import Fitted, Named, Problem, fit, guess, tensor_bytes
+from reap2gguf.fitting.fitted import (
+    Fitted,
+    Named,
+    Problem,
+    fit,
+    fixed_types,
+    guess,
+    tensor_bytes,
+)
 from reap2gguf.fitting.solving import Budget, Measuring, budget_of, header_bytes
 from reap2gguf.gguf_files.imatrix import load_imatrix
 from reap2gguf.messages import size
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.labels import refuse_twice
-from reap2gguf.quantizing.overrides import read_overrides
-from reap2gguf.quantizing.recipe import check_label, load_recipe
+from reap2gguf.quantizing.recipe import check_label
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,7 +48,6 @@ if TYPE_CHECKING:
 
 LABEL_KEY = "fit"  # names the file in --label fit=LABEL
 _ROOM = 2**12  # bytes of a header that a plan does not know, such as the names of datasets
-_SOME = "Q4_K_M"
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ def plan_sized(
     named = Named(target.label.lower(), label, target)
     sized = SizedFile(target, named, {}, view.n_kept)
     sized = replace(
-        sized, fixed=_fixed(options.tensor_types, sized.problem((view, view.model), weighted))
+        sized, fixed=fixed_types(options.tensor_types, sized.problem((view, view.model), weighted))
     )
     problem = sized.problem((view, view.model), weighted)
     names = HeaderNames(name, None, tuple(own))
@@ -136,14 +142,6 @@ def _sampled(problem: Problem, budget: Budget) -> dict[GGMLQuantizationType, int
         for one in problem.types_for(tensor, budget.types):
             found[one] += min(SAMPLED, prod(tensor.shape))
     return found
-
-
-def _fixed(tensor_types: Sequence[str], problem: Problem) -> dict[str, GGMLQuantizationType]:
-    """The tensors that the command line gives types, and these types."""
-    if not tensor_types:
-        return {}
-    given = problem.resolve(load_recipe(_SOME).with_overrides(read_overrides(tensor_types)))
-    return {one.tensor.name: one.tensor_type for one in given.table if one.rule is not None}
 
 
 def choose_types(

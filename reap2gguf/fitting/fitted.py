@@ -22,6 +22,7 @@ from reap2gguf.gguf_files.tensor_types import row_bytes
 from reap2gguf.gguf_files.writer import padded
 from reap2gguf.quantizing.deciding import fixed_type
 from reap2gguf.quantizing.file_types import MIXTURES
+from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.recipe import MAX_RULES, Recipe, Rule, load_recipe
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 
@@ -104,6 +105,14 @@ def free_tensors(tensors: Sequence[GgufTensor]) -> list[GgufTensor]:
     """Those whose type a recipe chooses: not the ones that llama.cpp never quantizes."""
     some = load_recipe(_SOME)
     return [tensor for tensor in tensors if fixed_type(tensor, some) is None]
+
+
+def fixed_types(tensor_types: Sequence[str], problem: Problem) -> dict[str, Type]:
+    """The tensors that texts PATTERN=TYPE give types, and these types."""
+    if not tensor_types:
+        return {}
+    given = problem.resolve(load_recipe(_SOME).with_overrides(read_overrides(tensor_types)))
+    return {one.tensor.name: one.tensor_type for one in given.table if one.rule is not None}
 
 
 def fixed_bytes(tensors: Sequence[GgufTensor]) -> int:

@@ -74,6 +74,14 @@ class SizeTarget:
         return f"a GPU of {size(self.card or 0)} and a context of {self.context:,} tokens"
 
 
+def rounded_down(n_bytes: int) -> int:
+    """The largest size up to this one that a file's name can say in a few letters."""
+    for _, one in _UNITS[::2]:
+        if n_bytes >= one:
+            return int(int(100 * n_bytes / one) / 100 * one)
+    return n_bytes
+
+
 def _bytes(n_bytes: int) -> str:
     """A size in few letters, such as 12GiB."""
     for unit, one in _UNITS:

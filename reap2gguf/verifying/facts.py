@@ -35,6 +35,7 @@ from reap2gguf.pruning.quantization import pruned_quantization
 from reap2gguf.quantizing.file_types import mixture_named
 from reap2gguf.quantizing.recipe import Recipe, parse_recipe
 from reap2gguf.quantizing.resolve import resolve
+from reap2gguf.verifying.budget import check_budget
 from reap2gguf.verifying.choice import asked_candidates, asked_methods, check_choice
 from reap2gguf.verifying.protected import check_asked, check_protected
 from reap2gguf.verifying.report import Level, passed_file, passed_folder, passed_summary
@@ -62,6 +63,7 @@ def check_record(manifest: Manifest) -> Iterator[str]:
     if pruning.method not in methods:
         yield _wrong("pruning.method", pruning.method, f"one of {', '.join(methods)}")
     yield from check_choice(manifest)
+    yield from check_budget(manifest)
     observed_here = pruning.method in OBSERVED and pruning.observations_file is None
     if calibration.components and observed_here:
         held = manifest.choice.held_out if manifest.choice else None

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # stages
 ALL = (
-    *("texts", "observe", "choose", "repair", "prune"),
+    *("texts", "observe", "weigh", "choose", "repair", "prune"),
     *("imatrix", "fit", "export", "verify", "evaluate"),
 )
 LONG = 12 * 3600.0  # seconds; a shorter way is looked for
@@ -135,7 +135,13 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """Seconds of the whole command: of its critical path, since stages overlap."""
-        return critical_path(self.stages, self.host)
+        return critical_path(self.stages, self.host, self.export_waits)
+
+    @property
+    def export_waits(self) -> bool:
+        """Whether a recipe asks for importance, so that no file is begun before all is known."""
+        asks = any(recipe.asks_importance for recipe in self.plan.recipes)
+        return asks and self.plan.computes_imatrix
 
     @cached_property
     def stages(self) -> Mapping[str, float]:
@@ -186,7 +192,10 @@ class Estimate:
         if self.sweeps.problem:
             found.append(self.sweeps.problem)
         elif self.choosing is not None and self.choosing.problem:
-            found.append(f"{self.choosing.problem}; or pass fewer --candidates, or one --method")
+            way = "pass fewer --candidates, or one --method"
+            if self.plan.weighs:
+                way = "pass a number as --compression"
+            found.append(f"{self.choosing.problem}; or {way}")
         elif self.evaluation is not None and self.evaluation.problem:
             found.append(f"{self.evaluation.problem}; or pass --evaluate never")
         return [*found, *self._disk_problems()]

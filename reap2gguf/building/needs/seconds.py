@@ -12,7 +12,13 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import TYPE_CHECKING
 
-from reap2gguf.building.needs.scoring import CHUNK, chosen_tokens, planned_chunks
+from reap2gguf.building.needs.scoring import (
+    CHUNK,
+    WEIGHED_TOKENS,
+    chosen_tokens,
+    planned_chunks,
+    weighed_variants,
+)
 from reap2gguf.observing.linear_attention import installed_version
 from reap2gguf.quantizing.kernels.gpu_kernels import FORMS
 from reap2gguf.verifying.exactness import QUICK_TYPES
@@ -31,7 +37,7 @@ if TYPE_CHECKING:
     Recipes = Sequence[ResolvedRecipe]
 
 STAGES = (
-    *("start", "texts", "observe", "choose", "repair", "prune"),
+    *("start", "texts", "observe", "weigh", "choose", "repair", "prune"),
     *("imatrix", "fit", "export", "verify", "evaluate", "finish"),
 )
 
@@ -145,6 +151,7 @@ def stage_seconds(
         waiting = _read_seconds(plan.pruned.n_bytes, host)
     if plan.repairs:
         found["repair"] = max(_repair(plan, sizes, amount, host), waiting) + python * _FIRST_PASS
+    found["weigh"] = _weigh(plan, sizes, amount, host)
     found["choose"] = _choose(plan, sizes, amount, host)
     if plan.writes_hf:
         copied = plan.hf_bytes
@@ -166,19 +173,20 @@ def stage_seconds(
     return found
 
 
-def critical_path(stages: Mapping[str, float], host: Host) -> float:
+def critical_path(stages: Mapping[str, float], host: Host, waits: bool = False) -> float:
     """Seconds of a build whose stages take these: fewer than their sum, since some overlap.
 
     Prune and export share the disk and the processor. A sweep on a GPU needs neither, so the longer
     of the two counts. A sweep on a CPU leaves nothing to an export that computes; the safetensors
-    are written meanwhile. An export whose types are chosen after a sweep waits for it. With one
-    thread nothing overlaps.
+    are written meanwhile. An export whose types are chosen after a sweep waits for it, and so does
+    one (`waits`) with a recipe that asks how much the importance matrix saw. With one thread
+    nothing overlaps.
     """
     prune, imatrix, export = (stages[name] for name in ("prune", "imatrix", "export"))
     alone = sum(stages.values()) - prune - imatrix - export
     if host.cores == 1:
         return alone + prune + imatrix + export
-    if host.gpu_factor is not None and not stages["fit"]:
+    if host.gpu_factor is not None and not stages["fit"] and not waits:
         return alone + max(imatrix, prune + export)
     return alone + max(imatrix, prune) + export
 
@@ -270,6 +278,17 @@ def _choose(plan: Plan, sizes: Sizes, amount: Amount, host: Host) -> float:
     passing = _scoring(plan, sizes, amount, n_variants, chosen_tokens(amount), host)
     reading = _read_seconds(plan.checkpoint.n_bytes, host)
     return max(passing, reading) + host.speed.python * n_variants * _PASS
+
+
+def _weigh(plan: Plan, sizes: Sizes, amount: Amount, host: Host) -> float:
+    """All numbers of experts through all layers, and the types of each of them."""
+    if not plan.weighs or plan.sized is None:
+        return 0.0
+    n_variants = len(weighed_variants(plan))
+    passing = _scoring(plan, sizes, amount, n_variants, WEIGHED_TOKENS, host)
+    reading = _read_seconds(plan.checkpoint.n_bytes, host)
+    fitting = len(plan.counts) * _fit(plan.sized, host)
+    return max(passing, reading) + host.speed.python * n_variants * _PASS + fitting
 
 
 def _scoring(
