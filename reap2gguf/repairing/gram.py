@@ -112,7 +112,8 @@ def gram_size(
 ) -> GramSize:
     """What `gram_of` and its solutions take, for results of `itemsize` bytes."""
     n, kind = n_experts * width, "cuda" if on_gpu else "cpu"
-    vectors = n * hidden * (5 * itemsize + 4 * 8)
+    # five arrays of a solution, two of its refinement in float64, and weights of alphas tried
+    vectors = n * hidden * (5 * itemsize + 4 * 8 + 3 * itemsize)
     piece = _PIECE[kind] * n * (2 if on_gpu else itemsize) if way != "never" else 0
     tile = max(_TILE[kind], width)
     held = (n * n + 2 * n * tile) * itemsize  # the triangle and that of its factor
