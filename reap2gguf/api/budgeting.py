@@ -96,7 +96,11 @@ def weigh_budget(
         where = Where(compute.device, compute.threads)
         weighing = Weighing(source, choices, target)
         weighing.check()
-        costs = weighing.costs(cut.rows, compute, shown)
+        from reap2gguf.evaluating.engine import evaluate_variants  # loads torch
+
+        costs = weighing.costs(
+            lambda variants, pairs: evaluate_variants(variants, cut.rows, pairs, compute, shown)
+        )
         found = weighing.weigh(costs, where, shown)
     return BudgetResult(tuple(found), best_of(found), cut.record.n_scored)
 

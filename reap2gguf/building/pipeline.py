@@ -29,12 +29,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from reap2gguf.building.choose_stage import (
-    Choose,
-    choose_method,
-    observations_of,
-    observations_sha256,
-)
+from reap2gguf.building.choose_stage import Choose, choose_method
 from reap2gguf.building.choosing import chosen_experts, protected_of
 from reap2gguf.building.evaluate_stage import Evaluate
 from reap2gguf.building.extending import extend_finished
@@ -42,6 +37,7 @@ from reap2gguf.building.fit_stage import Fit
 from reap2gguf.building.given_stage import GivenImportance, importance_of
 from reap2gguf.building.needs.room import check_device, check_room
 from reap2gguf.building.needs.scoring import chunks_of
+from reap2gguf.building.observed import observations_of, observations_sha256
 from reap2gguf.building.plan_sides import with_all_values
 from reap2gguf.building.record import Evidence, write_record
 from reap2gguf.building.repair_stage import Repair

@@ -30,6 +30,7 @@ from reap2gguf.gguf_files.imatrix import load_imatrix
 from reap2gguf.messages import size
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.labels import refuse_twice
+from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.recipe import check_label
 
 if TYPE_CHECKING:
@@ -121,7 +122,10 @@ def plan_sized(
     named = Named(target.label.lower(), label, target)
     sized = SizedFile(target, named, {}, view.n_kept)
     sized = replace(
-        sized, fixed=fixed_types(options.tensor_types, sized.problem((view, view.model), weighted))
+        sized,
+        fixed=fixed_types(
+            read_overrides(options.tensor_types), sized.problem((view, view.model), weighted)
+        ),
     )
     problem = sized.problem((view, view.model), weighted)
     names = HeaderNames(name, None, tuple(own))

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from reap2gguf.artifacts.made_with import COMPUTING
 from reap2gguf.atomic import write_whole
-from reap2gguf.building.choose_stage import observations_of, observations_sha256
 from reap2gguf.building.given import imatrix_of, read_imatrix
 from reap2gguf.building.needs.scoring import CHUNK, WEIGHED_TOKENS
+from reap2gguf.building.observed import observations_of, observations_sha256
 from reap2gguf.building.stage import Run, Stage, needed
 from reap2gguf.building.weighed import settled
 from reap2gguf.bundle.budget import BudgetRecord, budget_of_json
@@ -33,6 +33,7 @@ from reap2gguf.fitting.lines import budget_lines
 from reap2gguf.fitting.trading import Source, Weighing
 from reap2gguf.pruning.protection import protected_experts
 from reap2gguf.pruning.select import Target, select_experts
+from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -96,13 +97,18 @@ class Weigh(Stage[BudgetRecord]):
             plan.model,
             plan.source.short_name,
             lambda tensors: matrix_for(plan, self._observed, tensors),
-            plan.options.tensor_types,
+            read_overrides(plan.options.tensor_types),
         )
         return Weighing(source, self._kept, needed(plan.options.target))
 
     def compute(self) -> Mapping[str, Any]:
+        from reap2gguf.evaluating.engine import evaluate_variants  # loads torch
+
         run, plan, weighing = self.run, self.run.plan, self._weighing
-        costs = weighing.costs(self._text.rows, self.compute_options, run.progress)
+        rows, options = self._text.rows, self.compute_options
+        costs = weighing.costs(
+            lambda variants, pairs: evaluate_variants(variants, rows, pairs, options, run.progress)
+        )
         if not run.is_first:
             return {}
         compute = plan.options.compute

@@ -19,6 +19,7 @@ from reap2gguf.pruning.counts import WEIGHED
 from reap2gguf.pruning.protection import check_protection
 from reap2gguf.pruning.select import Target
 from reap2gguf.pruning.view import PrunedView
+from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.resolve import resolve
 
 if TYPE_CHECKING:
@@ -64,7 +65,13 @@ def counts_of(options: BuildOptions, opened: Opened) -> tuple[int, ...]:
         for count in usual_counts(facts)
         if _may_stay(options, Target(facts.n_experts, count), facts)
     }
-    source = Source(opened.checkpoint, opened.model, opened.name, _no_matrix, options.tensor_types)
+    source = Source(
+        opened.checkpoint,
+        opened.model,
+        opened.name,
+        _no_matrix,
+        read_overrides(options.tensor_types),
+    )
     weighing = Weighing(source, first, target)
     if first:
         weighing.check()

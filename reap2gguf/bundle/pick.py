@@ -16,7 +16,7 @@ from reap2gguf.bundle.layout import (
 )
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.errors import UsageError
-from reap2gguf.gguf_files.split import parse_part_name
+from reap2gguf.gguf_files.part_names import parse_part_name
 from reap2gguf.messages import shown
 
 

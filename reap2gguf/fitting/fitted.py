@@ -22,7 +22,6 @@ from reap2gguf.gguf_files.tensor_types import row_bytes
 from reap2gguf.gguf_files.writer import padded
 from reap2gguf.quantizing.deciding import fixed_type
 from reap2gguf.quantizing.file_types import MIXTURES
-from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.recipe import MAX_RULES, Recipe, Rule, load_recipe
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 
@@ -107,11 +106,11 @@ def free_tensors(tensors: Sequence[GgufTensor]) -> list[GgufTensor]:
     return [tensor for tensor in tensors if fixed_type(tensor, some) is None]
 
 
-def fixed_types(tensor_types: Sequence[str], problem: Problem) -> dict[str, Type]:
-    """The tensors that texts PATTERN=TYPE give types, and these types."""
-    if not tensor_types:
+def fixed_types(overrides: tuple[Rule, ...], problem: Problem) -> dict[str, Type]:
+    """The tensors that the user's own rules give types, and these types."""
+    if not overrides:
         return {}
-    given = problem.resolve(load_recipe(_SOME).with_overrides(read_overrides(tensor_types)))
+    given = problem.resolve(load_recipe(_SOME).with_overrides(overrides))
     return {one.tensor.name: one.tensor_type for one in given.table if one.rule is not None}
 
 

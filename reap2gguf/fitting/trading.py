@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.budget import CountRecord
 from reap2gguf.errors import UsageError
+from reap2gguf.evaluating.figures import divergence
 from reap2gguf.evaluating.variants import Variant
 from reap2gguf.exporting.header_facts import HeaderNames
 from reap2gguf.exporting.row_ranges import BlockMaker
@@ -30,15 +31,17 @@ from reap2gguf.quantizing.quantizer import load_quantizer
 if TYPE_CHECKING:
     from reap2gguf.building.given import GivenImatrix
     from reap2gguf.checkpoint.weights import Weights
-    from reap2gguf.evaluating.scores import ScoredRow
+    from reap2gguf.evaluating.scores import Pair, Scores
     from reap2gguf.fitting.errors_table import Cache, Errors, Where
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import GgufTensor
-    from reap2gguf.options import ComputeOptions
     from reap2gguf.progress import Progress
     from reap2gguf.pruning.select import Kept
+    from reap2gguf.quantizing.recipe import Rule
 
 _ROOM = 2**12  # bytes of a header that are not known here
+# what variants give, and how far pairs of their names are apart
+Evaluates = Callable[[Sequence[Variant], Sequence["Pair"]], "Scores"]
 Costs = Mapping[int, tuple[float, float]]  # by number of experts, KL divergence and its error
 CacheOf = Callable[[int], "Cache"]  # where the errors are kept that hold for a number of experts
 
@@ -52,7 +55,7 @@ class Source:
     name: str
     # the importance matrix of this model, for the tensors of a view of it
     matrix: Callable[[Sequence[GgufTensor]], GivenImatrix]
-    tensor_types: Sequence[str] = ()  # PATTERN=TYPE each, of tensors that are no choice
+    overrides: tuple[Rule, ...] = ()  # of tensors whose types are no choice
 
     def view(self, kept: Kept) -> PrunedView:
         return PrunedView(self.weights, self.model, kept)
@@ -87,16 +90,11 @@ class Weighing:
         """The numbers of experts for which there are types that fit."""
         return [count for count, one in self._problems.items() if not one.refusal]
 
-    def costs(
-        self, rows: Sequence[ScoredRow], compute: ComputeOptions, progress: Progress
-    ) -> Costs:
+    def costs(self, evaluate: Evaluates) -> Costs:
         """Mean KL divergence of each view from the source, and its standard error.
 
-        Raises what `evaluate_variants` raises.
+        What evaluates is passed in, since it loads torch. Raises what it raises.
         """
-        from reap2gguf.evaluating.engine import evaluate_variants  # loads torch
-        from reap2gguf.evaluating.figures import divergence
-
         source = self.source
         n_all = source.model.facts.n_experts
         pruned = {count: view for count, view in self.views.items() if count < n_all}
@@ -109,7 +107,7 @@ class Weighing:
             for count, view in pruned.items()
         ]
         pairs = [("source", str(count)) for count in pruned]
-        scores = evaluate_variants(variants, rows, pairs, compute, progress)
+        scores = evaluate(variants, pairs)
         for count in pruned:
             mean = divergence(scores.pair("source", str(count))).mean
             costs[count] = mean.value, mean.error
@@ -163,7 +161,7 @@ class _Problem:
         model, weighted = view.model, view.model.weighted_matrices()
         tensors = model.gguf_tensors(view.tensors)
         problem = Problem(tensors, model.facts, view.n_kept, weighted)
-        problem = replace(problem, fixed=fixed_types(source.tensor_types, problem))
+        problem = replace(problem, fixed=fixed_types(source.overrides, problem))
         header = _ROOM + header_bytes(view, model, HeaderNames(source.name), "fit", None)
         try:
             budget_of(target, problem, model, header)

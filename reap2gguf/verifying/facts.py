@@ -26,7 +26,8 @@ from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.checkpoint.quantized.keys import WRITTEN_AS_BF16
 from reap2gguf.errors import RecipeError
 from reap2gguf.ggml import UNWEIGHTED_TYPES
-from reap2gguf.gguf_files.split import SplitHeader, part_name
+from reap2gguf.gguf_files.part_names import part_name
+from reap2gguf.gguf_files.split import SplitHeader
 from reap2gguf.messages import shown
 from reap2gguf.models.side_values import side_files
 from reap2gguf.options import DEQUANTIZE_CHOICES, DEVICES, DTYPES, MTP_CHOICES

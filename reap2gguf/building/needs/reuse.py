@@ -8,12 +8,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.artifacts.texts import Texts
-from reap2gguf.building.choose_stage import Choose, candidates_of, observations_of
+from reap2gguf.building.choose_stage import Choose, candidates_of
 from reap2gguf.building.choosing import known_choice
 from reap2gguf.building.fit_stage import Fit
 from reap2gguf.building.given_stage import importance_of
 from reap2gguf.building.needs.amount import is_small
 from reap2gguf.building.needs.estimate import ALL, KnownCoverage, Reused
+from reap2gguf.building.observed import observations_of
 from reap2gguf.building.record import expert_tokens
 from reap2gguf.building.repair_stage import Repair
 from reap2gguf.building.stage import Run, Stage, needed

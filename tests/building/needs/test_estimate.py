@@ -66,6 +66,7 @@ def test_the_whole_is_the_longest_way_through_its_stages(tiny: Path, tmp_path: P
     assert critical_path(stages, replace(needs.host, cores=2)) == 7 + 20 + 10
     assert critical_path(stages, replace(needs.host, cores=1)) == sum(stages.values())
     assert [name for name, seconds in needs.stages.items() if not seconds] == [
+        "weigh",
         "choose",
         "repair",
         "fit",
@@ -172,7 +173,7 @@ def test_what_is_done_takes_no_time(
     assert needs.reused.stages == ("texts", "observe", "prune", "imatrix")
     nothing = [name for name, seconds in needs.stages.items() if not seconds]
     # the method was named, and so little text is not measured
-    assert set(nothing) == {*needs.reused.stages, "choose", "repair", "fit", "evaluate"}
+    assert set(nothing) == {*needs.reused.stages, "weigh", "choose", "repair", "fit", "evaluate"}
     assert needs.seconds < whole.seconds
     assert needs.reused.written_bytes > plan.hf_bytes
     build(tiny, out)
