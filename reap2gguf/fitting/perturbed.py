@@ -18,11 +18,11 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
 from reap2gguf.checkpoint.weights import Weights
-from reap2gguf.evaluating.gguf_weights import GgufWeights
 from reap2gguf.exporting.row_ranges import BlockMaker, RowRange
 from reap2gguf.gguf_files.reader import GgufTensorInfo
 from reap2gguf.gguf_files.rows import rows_per_matrix
 from reap2gguf.gguf_files.tensor_types import row_bytes
+from reap2gguf.gguf_source.weights import GgufWeights
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -166,6 +166,10 @@ class MoeModel(ABC):
         `norm`, and its decoder layer below `layer.`.
         """
 
+    def is_computed_in_f32(self, layer: int, name: str) -> bool:
+        """Whether a tensor stored below `block_prefix` is float32 whatever its module's type is."""
+        return False
+
     @abstractmethod
     def experts_path(self, layer: int) -> str:
         """Path of the experts within that module."""

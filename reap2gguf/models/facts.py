@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # how configs of any architecture spell their number of routed experts
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 WIDTH_KEY = "moe_intermediate_size"  # most configs' name of an expert's width
+CHOSEN_KEY = "num_experts_per_tok"  # and of the number of experts that a token goes through
 DTYPE_KEYS = ("dtype", "torch_dtype")
 # what decides weights or logits in every family, and may not be null
 FACT_KEYS = (
@@ -35,7 +36,7 @@ FACT_KEYS = (
     "rms_norm_eps",
     "attention_bias",
     WIDTH_KEY,
-    "num_experts_per_tok",
+    CHOSEN_KEY,
 )
 # the same, where null is the same as absent
 OPTIONAL_KEYS = (
@@ -64,13 +65,14 @@ def read_facts(
     count_keys: Sequence[str],
     defaults: Mapping[str, int],
     width_key: str = WIDTH_KEY,
+    chosen_key: str = CHOSEN_KEY,
     **decided: Any,
 ) -> ModelFacts:
     """The facts that a text model's config states, and those that are `decided` elsewhere.
 
     `count_keys` are spellings of the number of experts, `defaults` transformers' values of absent
-    keys, `width_key` names an expert's width. Raises UnsupportedModelError for numbers out of
-    range.
+    keys, `width_key` names an expert's width, `chosen_key` the experts per token. Raises
+    UnsupportedModelError for numbers out of range.
     """
     n_experts = read.integer(*count_keys, low=2, high=MAX_EXPERTS)
     hidden = read.integer("hidden_size", low=1, high=MAX_WIDTH)
@@ -82,7 +84,7 @@ def read_facts(
         hidden_size=hidden,
         expert_width=read.integer(width_key, low=1, high=MAX_WIDTH),
         n_experts=n_experts,
-        experts_per_token=read.integer("num_experts_per_tok", low=1, high=n_experts),
+        experts_per_token=read.integer(chosen_key, low=1, high=n_experts),
         n_heads=n_heads,
         n_kv_heads=read.integer("num_key_value_heads", low=1, high=MAX_HEADS, default=n_kv_heads),
         head_dim=read.integer("head_dim", low=1, high=MAX_WIDTH, default=head_dim),
@@ -97,7 +99,7 @@ def config_values(facts: ModelFacts) -> dict[str, Any]:
     return {
         "num_hidden_layers": facts.n_layers,
         "hidden_size": facts.hidden_size,
-        "num_experts_per_tok": facts.experts_per_token,
+        CHOSEN_KEY: facts.experts_per_token,
         "num_attention_heads": facts.n_heads,
         "num_key_value_heads": facts.n_kv_heads,
         "head_dim": facts.head_dim,

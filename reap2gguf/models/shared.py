@@ -32,6 +32,7 @@ from reap2gguf.models.description import (
 )
 from reap2gguf.models.experts import INDEX, ExpertLayout
 from reap2gguf.models.facts import (
+    CHOSEN_KEY,
     COUNT_KEYS,
     FACT_KEYS,
     WIDTH_KEY,
@@ -75,6 +76,7 @@ class DecoderModel(MoeModel):
     mtp: ClassVar[MtpLayout | None] = None
     count_keys: ClassVar[tuple[str, ...]] = ("num_experts", "num_local_experts")
     width_key: ClassVar[str] = WIDTH_KEY  # the config's name of an expert's width
+    chosen_key: ClassVar[str] = CHOSEN_KEY  # and of the number of experts per token
     fact_keys: ClassVar[tuple[str, ...]] = FACT_KEYS  # may not be null, and have one value
     # transformers' values of absent keys, where they are not those of most families
     defaults: ClassVar[Mapping[str, int]] = {}
@@ -166,6 +168,7 @@ class DecoderModel(MoeModel):
             self.count_keys,
             self.defaults,
             self.width_key,
+            self.chosen_key,
             architecture=str(self.config["architectures"][0]),
             gguf_arch=self.gguf_arch,
             moe_layers=tuple(moe_layers),
@@ -380,6 +383,10 @@ class DecoderModel(MoeModel):
     def parameter(self, layer: int, name: str) -> str:
         rule = self._in_blocks[layer].get(name)
         return name if rule is None else rule.in_module
+
+    def is_computed_in_f32(self, layer: int, name: str) -> bool:
+        rule = self._in_blocks[layer].get(name)
+        return rule is not None and rule.computed_in_f32
 
     @property
     def module_is_as_stored(self) -> bool:

@@ -59,7 +59,7 @@ def fit_layer(
 ) -> tuple[LayerFit, Tensor | None]:
     """How a layer is repaired, and its new weights D (E F, H), or None where it keeps its own.
 
-    original: D0 (E F, H)    way: one of `gram.WAYS`; `scale` needs none
+    original: D0 (E F, H)    way: one of `gram_size.WAYS`; `scale` needs none
     Raises ObservationError if there are no rows.
     """
     before = held_out.squared_error(None)

@@ -10,11 +10,11 @@ from gguf import GGMLQuantizationType as Type
 
 import reap2gguf
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.evaluating.gguf_weights import GgufWeights
 from reap2gguf.exporting.row_ranges import BlockMaker
 from reap2gguf.fitting.perturbed import Perturbing
 from reap2gguf.gguf_files.imatrix import load_imatrix, save_gguf
 from reap2gguf.gguf_files.split import read_whole_header
+from reap2gguf.gguf_source.weights import GgufWeights
 from reap2gguf.models.table import describe
 from reap2gguf.quantizing.quantizer import load_quantizer
 from tests.exporting.files import gguf_tensors, random_imatrix

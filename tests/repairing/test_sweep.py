@@ -17,7 +17,7 @@ from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
 from reap2gguf.repairing.fit import LayerFit
-from reap2gguf.repairing.gram import WAYS
+from reap2gguf.repairing.gram_size import WAYS
 from reap2gguf.repairing.limits import LEAST_ROWS, repaired_layers
 from reap2gguf.repairing.record import RepairFolder
 from reap2gguf.repairing.view import RepairedView
