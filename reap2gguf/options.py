@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from reap2gguf.choosing.names import AUTO, BUILD_METHODS, check_candidates
 from reap2gguf.errors import UsageError
-from reap2gguf.fitting.target import SizeTarget
+from reap2gguf.fitting.target import DEFAULT_SENSITIVITY, SENSITIVITIES, SizeTarget
 from reap2gguf.machine import available_threads
 from reap2gguf.pruning.counts import WEIGHED, check_counts, check_weighed
 from reap2gguf.pruning.protection import Protection, read_pinned
@@ -298,6 +298,7 @@ class BuildOptions:
     target_bpw: float | None = None  # bits per weight
     fit: int | None = None  # bytes of a GPU's memory
     fit_context: int | None = None  # tokens that it holds beside the file; None: 8192
+    sensitivity: str = DEFAULT_SENSITIVITY  # how errors of tensors are weighed: table or measured
     evaluate: str = "auto"  # whether quality is measured: auto, always or never
 
     def __post_init__(self) -> None:
@@ -325,6 +326,7 @@ class BuildOptions:
         if self.dequantize is not None:
             check_choice("dequantize", self.dequantize, DEQUANTIZE_CHOICES)
         check_choice("evaluate", self.evaluate, EVALUATE_CHOICES)
+        check_choice("sensitivity", self.sensitivity, SENSITIVITIES)
         check_choice("imatrix_from", self.imatrix_from, IMATRIX_FROM_CHOICES)
         check_number("chunk", self.chunk, 8)
         if self.imatrix_chunks is not None:

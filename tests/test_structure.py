@@ -45,6 +45,7 @@ COVERED_BY = [
         ("api/budgeting.py", "terminal/budget_command.py"),
     ),
     ("gguf_files/test_split.py", "names of parts", ("gguf_files/part_names.py",)),
+    ("fitting/test_probing.py", "the rows of probes", ("fitting/probe_text.py",)),
     (
         "building/test_weigh_stage.py",
         "builds that weigh experts against bits, from their plans to their cards",

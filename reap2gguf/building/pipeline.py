@@ -26,7 +26,8 @@ their share of the sweeps and leave after the importance matrix.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.building.choose_stage import Choose, choose_method
@@ -51,6 +52,7 @@ from reap2gguf.building.weigh_stage import Weigh, known_budget, weigh_experts
 from reap2gguf.building.weighed import settled
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.exporting.quantizers import note_quantizers
+from reap2gguf.fitting.probing import ProbedText
 from reap2gguf.machine import processes
 from reap2gguf.progress import Progress, Silent
 from reap2gguf.pruning.coverage import selection_notes
@@ -91,6 +93,7 @@ def build(plan: Plan, progress: Progress) -> BuildResult | None:
     with work.locked(), plan.checkpoint:
         run = Run(plan, work, progress, stages_of(plan))
         run.prepare()
+        run.probe_text = partial(_probed_text, run)
         with run.held:
             return _run_stages(run)
 
@@ -173,6 +176,24 @@ def _standing(run: Run) -> Standing | None:
     if found is None and record is not None:  # it is not what it was: everything is done again
         run.work.has_hf = run.settle(plan).writes_hf
     return found
+
+
+def _probed_text(run: Run) -> ProbedText:
+    """The text that probes are measured on, where the other processes of torchrun have left.
+
+    Raises CalibrationError.
+    """
+    from reap2gguf.evaluating.engine import evaluate_variants  # loads torch
+    from reap2gguf.fitting.probe_text import probe_text
+
+    options = replace(run.plan.options.compute, scratch=run.scratch)
+    text = probe_text(run.plan.source.folder, run.plan.model.facts)
+    return ProbedText(
+        text.sha256,
+        lambda variants, pairs: evaluate_variants(
+            variants, text.rows, pairs, options, run.progress, alone=True
+        ),
+    )
 
 
 def _note_choice(

@@ -6,8 +6,8 @@ and dequantized, as llama.cpp computes with them. All other tensors are the sour
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+import copy
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
-from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.exporting.row_ranges import BlockMaker, RowRange
 from reap2gguf.gguf_files.reader import GgufTensorInfo
 from reap2gguf.gguf_files.rows import rows_per_matrix
 from reap2gguf.gguf_files.tensor_types import row_bytes
 from reap2gguf.gguf_source.weights import GgufWeights
+from reap2gguf.pruning.view import PrunedView
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,43 +67,50 @@ class _Made:
         return self.host.quantize(rows, values, one)
 
 
-class Perturbed(Weights):
+class PerturbedView(PrunedView):
     """The weights of a source, of which some tensors have the values that a type leaves.
 
-    Threads may share it. Memory: as `GgufWeights`.
+    It is a view that keeps all experts, so that an evaluation reads the source's layers once for
+    all such views, and of each only what it replaces. Threads may share it. Memory: as
+    `GgufWeights`.
     """
 
-    def __init__(self, source: Weights, blocks: GgufWeights, names: Iterable[str]) -> None:
-        """`names` are the stored tensors that are read from `blocks`."""
-        self.folder, self.config = source.folder, source.config
-        self._source, self._blocks, self._names = source, blocks, frozenset(names)
-        self.tensors = {
-            name: replace(stored, dtype="F32") if name in self._names else stored
-            for name, stored in source.tensors.items()
+    _blocks: GgufWeights | None = None  # while the view without them is made
+    _names: frozenset[str] = frozenset()
+
+    def with_values(self, blocks: GgufWeights, names: Iterable[str]) -> PerturbedView:
+        """This view with some stored tensors, by name, read from blocks."""
+        other = copy.copy(self)
+        other._blocks, other._names = blocks, frozenset(names)
+        other.tensors = {
+            name: replace(stored, dtype="F32") if name in other._names else stored
+            for name, stored in self.tensors.items()
         }
+        return other
+
+    @property
+    def replaced(self) -> Collection[str]:
+        return self._names
 
     def origin(self, name: str, entry: int = 0) -> tuple[str, int]:
-        found, at = self._source.origin(name, entry)
+        found, at = super().origin(name, entry)
         # no other variant has these values: an evaluation shares heads by their names
         return (f"{found}, perturbed", at) if name in self._names else (found, at)
 
     def read_bytes(self, name: str, first: int, buffer: npt.NDArray[np.uint8]) -> None:
-        (self._blocks if name in self._names else self._source).read_bytes(name, first, buffer)
+        if name in self._names and self._blocks is not None:
+            self._blocks.read_bytes(name, first, buffer)
+        else:
+            super().read_bytes(name, first, buffer)
 
     def expect_bytes(self, name: str, first: int, n_bytes: int) -> None:
         if name not in self._names:
-            self._source.expect_bytes(name, first, n_bytes)
-
-    def fetch_ahead(self, names: Iterable[str]) -> None:
-        self._source.fetch_ahead(names)
-
-    def without_fetching(self) -> AbstractContextManager[None]:
-        return self._source.without_fetching()
+            super().expect_bytes(name, first, n_bytes)
 
     def have_same_values(self, one: str, other: str) -> bool:
         if one in self._names or other in self._names:
             return one == other
-        return self._source.have_same_values(one, other)
+        return super().have_same_values(one, other)
 
 
 class Perturbing:
@@ -111,12 +118,15 @@ class Perturbing:
 
     def __init__(self, host: BlockMaker, model: MoeModel) -> None:
         """`host` reads the source and quantizes; `model` describes the source."""
-        tensors = model.gguf_tensors(host.weights.tensors)
+        source, facts = host.weights, model.facts
+        tensors = model.gguf_tensors(source.tensors)
         self._whole = _Made(host, {tensor.name: tensor for tensor in tensors}, {})
-        self._template = GgufWeights(self._whole, model, host.weights.tensors)
+        self._blocks = GgufWeights(self._whole, model, source.tensors)
+        everything = dict.fromkeys(facts.moe_layers, tuple(range(facts.n_experts)))
+        self._view = PerturbedView(source, model, everything)
 
-    def with_types(self, types: Mapping[str, Type]) -> Perturbed:
+    def with_types(self, types: Mapping[str, Type]) -> PerturbedView:
         """The model whose tensors, by their names in GGUF, went through these types."""
         made = replace(self._whole, types=types)
         stored = {slab.stored for name in types for slab in made.of_model[name].slabs}
-        return Perturbed(made.host.weights, self._template.of(made), stored)
+        return self._view.with_values(self._blocks.of(made), stored)

@@ -31,7 +31,7 @@ from reap2gguf.terminal.help import WRITE, command, option
 from reap2gguf.terminal.option_types import FilePath
 from reap2gguf.terminal.recipe_makers import recipes_import, recipes_of
 from reap2gguf.terminal.suggestions import Group
-from reap2gguf.terminal.target_options import target_options
+from reap2gguf.terminal.target_options import sensitivity_option, target_options
 
 
 @click.group(cls=Group)
@@ -228,6 +228,7 @@ def recipes_check(
     help="Importance matrix of MODEL, .gguf or .dat.",
 )
 @target_options
+@sensitivity_option
 @option(
     "-o", "--output", section=WRITE, type=FilePath, required=True, help="Recipe (.toml) to write."
 )
@@ -243,6 +244,7 @@ def recipes_fit(
     target_bpw: float | None,
     fit: int | None,
     fit_context: int | None,
+    sensitivity: str,
     output: Path,
     device: str,
     threads: int,
@@ -275,6 +277,7 @@ def recipes_fit(
         target_bpw=target_bpw,
         fit=fit,
         fit_context=fit_context,
+        sensitivity=sensitivity,
         device=device,
         threads=threads,
         follow_links=follow_links,

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import TYPE_CHECKING
 
+from gguf import GGMLQuantizationType
+
 from reap2gguf.building.needs.scoring import (
     CHUNK,
     WEIGHED_TOKENS,
@@ -19,13 +21,12 @@ from reap2gguf.building.needs.scoring import (
     planned_chunks,
     weighed_variants,
 )
+from reap2gguf.fitting.target import PROBE_TOKENS
 from reap2gguf.observing.linear_attention import installed_version
 from reap2gguf.quantizing.kernels.gpu_kernels import FORMS
 from reap2gguf.verifying.exactness import QUICK_TYPES
 
 if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType
-
     from reap2gguf.building.needs.amount import Amount
     from reap2gguf.building.needs.disk import DiskNeeds
     from reap2gguf.building.needs.sizes import Sizes
@@ -165,6 +166,7 @@ def stage_seconds(
         found["imatrix"] = python * _GIVEN
     if plan.sized is not None:
         found["fit"] = _fit(plan.sized, host)
+        found["fit"] += _probe(plan, plan.sized.n_probes, sizes, amount, host)
     gpu_factor = host.gpu_factor if pays_on_gpu else None
     found["export"] = _export(recipes, host, gpu_factor)
     found["verify"] = _verify(plan, recipes, sizes, disk, host, gpu_factor)
@@ -289,6 +291,15 @@ def _weigh(plan: Plan, sizes: Sizes, amount: Amount, host: Host) -> float:
     reading = _read_seconds(plan.checkpoint.n_bytes, host)
     fitting = len(plan.counts) * _fit(plan.sized, host)
     return max(passing, reading) + host.speed.python * n_variants * _PASS + fitting
+
+
+def _probe(plan: Plan, n_probes: int, sizes: Sizes, amount: Amount, host: Host) -> float:
+    """All probes through all layers; the weights that they change are quantized on a processor."""
+    if not n_probes:
+        return 0.0
+    passing = _scoring(plan, sizes, amount, 1 + n_probes, PROBE_TOKENS, host)
+    making = host.speed.quantize_seconds(GGMLQuantizationType.Q3_K, plan.n_parameters)
+    return passing + making / host.parallel + host.speed.python * (1 + n_probes) * _PASS
 
 
 def _scoring(
