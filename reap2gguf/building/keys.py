@@ -27,6 +27,7 @@ from reap2gguf.errors import CheckpointError, Reap2ggufError
 from reap2gguf.files import file_sha256
 from reap2gguf.ggml import load_ggml
 from reap2gguf.pruning.write import companion_files
+from reap2gguf.quantizing.ik.workers import PACKAGE, package_version
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row
@@ -178,16 +179,14 @@ class BuildKeys:
         plan = self.plan
         names = (plan.name, plan.source.label, plan.method, datasets)
         sources = [(recipe.name, recipe.label, recipe.source) for recipe in recipes]
-        return export_key(imatrix, *names, self._card, sources, self._history)
+        ik = ik_identity(recipes)
+        return export_key(imatrix, *names, self._card, sources, self._history, *ik)
 
     @property
     def inputs(self) -> Inputs:
         """The keys of everything that a bundle depends on."""
         plan = self.plan
-        recipes = {
-            plan.gguf_name(recipe): recipe_key(recipe.name, recipe.label, recipe.source)
-            for recipe in plan.recipes
-        }
+        recipes = {plan.gguf_name(recipe): recipe_key(recipe) for recipe in plan.recipes}
         return Inputs(self._base, recipes)
 
     @property
@@ -306,10 +305,17 @@ def ggml_identity() -> tuple[str, ...]:
     return (ggml.version, file_sha256(ggml.path)) if ggml.is_own else (ggml.version,)
 
 
-def recipe_key(name: str, label: str, source: str) -> str:
+def ik_identity(recipes: Iterable[ResolvedRecipe]) -> tuple[str, ...]:
+    """The package that makes types of ik_llama.cpp, if any of the recipes has some."""
+    has_some = any(recipe.recipe.is_ik for recipe in recipes)
+    return (PACKAGE, package_version()) if has_some else ()
+
+
+def recipe_key(recipe: ResolvedRecipe) -> str:
     """The key of a recipe's GGUF file, among files of the same model and importance matrix."""
     # not of this program: each record in a manifest has the version that its header has
-    return stage_key(EXPORT_FORMAT, ggml_identity(), name, label, source)
+    named = recipe.name, recipe.label, recipe.source
+    return stage_key(EXPORT_FORMAT, ggml_identity(), *named, *ik_identity([recipe]))
 
 
 def _hashes(files: Iterable[Path], error_type: type[Reap2ggufError]) -> list[tuple[str, str]]:

@@ -17,12 +17,14 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from reap2gguf.artifacts.made_with import version
 from reap2gguf.errors import DependencyError
 from reap2gguf.gguf_files.tensor_types import LOADER, IkType, columns_of, is_ik, row_bytes
 from reap2gguf.machine import available_threads
@@ -61,6 +63,14 @@ def library_path() -> Path | None:
 def is_installed() -> bool:
     """Whether ik_llama.cpp's types can be quantized and read here."""
     return library_path() is not None
+
+
+def package_version() -> str:
+    """The version of the package, which decides the bytes of its types; "missing" without it."""
+    try:
+        return version(PACKAGE)
+    except PackageNotFoundError:
+        return "missing"
 
 
 def needs_package(what: str) -> str:
