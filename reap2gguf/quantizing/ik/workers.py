@@ -17,14 +17,13 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from reap2gguf.artifacts.made_with import version
 from reap2gguf.errors import DependencyError
 from reap2gguf.gguf_files.tensor_types import LOADER, IkType, columns_of, is_ik, row_bytes
 from reap2gguf.machine import available_threads
