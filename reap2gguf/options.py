@@ -17,7 +17,7 @@ from reap2gguf.choosing.names import AUTO, BUILD_METHODS, check_candidates
 from reap2gguf.errors import UsageError
 from reap2gguf.fitting.target import DEFAULT_SENSITIVITY, SENSITIVITIES, SizeTarget
 from reap2gguf.machine import available_threads
-from reap2gguf.pruning.counts import WEIGHED, check_counts, check_weighed
+from reap2gguf.pruning.counts import WEIGHED, check_asked, check_counts, check_weighed
 from reap2gguf.pruning.protection import Protection, read_pinned
 
 MTP_CHOICES = ("prune", "drop")
@@ -45,7 +45,7 @@ class CheckQuants(Enum):
 
 
 DEFAULT_RECIPE = "Q4_K_M"
-_DEFAULT_RECIPES = (DEFAULT_RECIPE,)  # this object: none was named
+DEFAULT_RECIPES = (DEFAULT_RECIPE,)  # this object: none was named
 _Kind = TypeVar("_Kind")
 
 
@@ -135,7 +135,7 @@ def _recipes(given: object, may_be_none: bool = False) -> tuple[str | RecipeText
     found: list[str | RecipeText] = []
     for recipe in recipes:
         found += [recipe] if isinstance(recipe, RecipeText) else split_recipes(recipe)
-    return tuple(found)
+    return DEFAULT_RECIPES if given is DEFAULT_RECIPES else tuple(found)
 
 
 def split_recipes(recipe: object) -> list[str]:
@@ -265,7 +265,7 @@ class ComputeOptions:
 class BuildOptions:
     """The arguments of `build` and `plan`."""
 
-    recipes: tuple[str | RecipeText, ...] = _DEFAULT_RECIPES  # with a target size, what is named
+    recipes: tuple[str | RecipeText, ...] = DEFAULT_RECIPES  # with a target size, what is named
     model: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)  # by recipe, in place of its own
     keep_experts: int | None = None
@@ -279,6 +279,7 @@ class BuildOptions:
     protect_super_experts: bool = False  # whether experts with outliers in their outputs stay
     mtp: str = "prune"  # what to do with a multi-token-prediction block: prune or drop
     repair: str = "none"  # how the kept experts make up for the others: none, ridge or scale
+    group_size: int | None = None  # experts of a group of the method ream; None: GROUP_SIZE
     dequantize: str | None = None  # type of a quantized source's safetensors; None: as it has them
     calibration: CalibrationOptions = CalibrationOptions()
     kept: Path | None = None  # a map of the experts that stay, such as `prune` writes
@@ -303,7 +304,7 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         has_target = self.target is not None  # or raises UsageError
-        named = () if has_target and self.recipes is _DEFAULT_RECIPES else self.recipes
+        named = () if has_target and self.recipes is DEFAULT_RECIPES else self.recipes
         object.__setattr__(self, "recipes", _recipes(named, may_be_none=has_target))
         object.__setattr__(self, "tensor_types", check_tensor_types(self.tensor_types))
         object.__setattr__(self, "labels", check_labels(self.labels))
@@ -321,13 +322,13 @@ class BuildOptions:
         if self.weighs:
             check_weighed(self.method, self.keep_experts, has_target, self.kept)
         read_pinned(self.protect)
-        check_choice("mtp", self.mtp, MTP_CHOICES)
-        check_choice("repair", self.repair, REPAIR_CHOICES)
+        choices = MTP_CHOICES, REPAIR_CHOICES, EVALUATE_CHOICES, IMATRIX_FROM_CHOICES
+        for name, known in zip(("mtp", "repair", "evaluate", "imatrix_from"), choices, strict=True):
+            check_choice(name, getattr(self, name), known)
+        check_asked(self.method, self.repair, self.group_size)
         if self.dequantize is not None:
             check_choice("dequantize", self.dequantize, DEQUANTIZE_CHOICES)
-        check_choice("evaluate", self.evaluate, EVALUATE_CHOICES)
         check_choice("sensitivity", self.sensitivity, SENSITIVITIES)
-        check_choice("imatrix_from", self.imatrix_from, IMATRIX_FROM_CHOICES)
         check_number("chunk", self.chunk, 8)
         if self.imatrix_chunks is not None:
             check_number("imatrix_chunks", self.imatrix_chunks, 1)

@@ -38,6 +38,11 @@ COVERED_BY = [
         "budgets, and what is refused before anything is measured",
         ("fitting/solving.py",),
     ),
+    (
+        "models/test_nemotron_h.py",
+        "headers of the whole family",
+        ("models/nemotron_from_gguf.py",),
+    ),
     ("pruning/test_select.py", "numbers of experts that no model has", ("pruning/counts.py",)),
     (
         "fitting/test_trading.py",
@@ -69,6 +74,23 @@ COVERED_BY = [
         ("choosing/checks.py",),
     ),
     (
+        "merging/test_sweep.py",
+        "whole merges",
+        ("merging/budget.py", "merging/capture.py", "merging/layer.py", "observing/narrowed.py"),
+    ),
+    ("merging/test_alignment.py", "sums over tokens too", ("merging/statistics.py",)),
+    ("merging/test_grouping.py", "groups are what a layer keeps", ("merging/merge.py",)),
+    (
+        "building/test_merge_stage.py",
+        "what a build records and says, and its files",
+        ("building/merge_record.py", "bundle/card_merge.py", "merging/folder.py"),
+    ),
+    (
+        "building/test_merge_folder.py",
+        "what `prune` makes of a model",
+        ("api/changes.py",),
+    ),
+    (
         "choosing/test_repaired_candidate.py",
         "the candidate that is repaired",
         ("choosing/repaired.py",),
@@ -78,7 +100,11 @@ COVERED_BY = [
         "what a bundle records",
         ("building/repair_record.py",),
     ),
-    ("repairing/test_record.py", "files of layers hold them", ("repairing/fit.py",)),
+    (
+        "pruning/test_layer_files.py",
+        "files of layers hold them",
+        ("repairing/fit.py", "repairing/record.py", "pruning/layer_facts.py"),
+    ),
     ("choosing/test_holdout.py", "how many rows are held out", ("choosing/amounts.py",)),
     ("bundle/test_choice.py", "records hold estimates", ("bundle/estimate.py",)),
     (
@@ -158,7 +184,7 @@ COVERED_BY = [
     (
         "building/test_repair_stage.py",
         "whole bundles with a repair: their cards, and what is wrong with changed ones",
-        ("bundle/card_repair.py", "verifying/repaired.py"),
+        ("bundle/card_repair.py", "verifying/changed.py"),
     ),
     (
         "observing/test_loader.py",
@@ -172,6 +198,11 @@ COVERED_BY = [
             "gguf_source/checking.py", "gguf_source/header.py", "gguf_source/slices.py",
             "gguf_source/writing.py", "verifying/sliced.py",
         ),
+    ),
+    (
+        "building/test_slice_stage.py",
+        "bundles of GGUF files, from their plan to their verification",
+        ("building/as_stored.py", "building/sliced_record.py", "verifying/opening.py"),
     ),
     (
         "gguf_source/test_checkpoint.py",

@@ -16,6 +16,7 @@ from reap2gguf.atomic import PART, remove, write_whole
 from reap2gguf.building.bundle_files import BundleFiles
 from reap2gguf.building.illustrate import draw_pictures
 from reap2gguf.building.seals import Seal, refuse_changed
+from reap2gguf.building.sliced_record import sliced_record
 from reap2gguf.bundle.card import gguf_card, hf_card
 from reap2gguf.bundle.layout import (
     CALIBRATION_FILE,
@@ -32,6 +33,7 @@ from reap2gguf.bundle.manifest import (
     CalibrationRecord,
     FileRecord,
     FolderRecord,
+    GgufOrigin,
     GgufRecord,
     Manifest,
     MtpRecord,
@@ -41,7 +43,7 @@ from reap2gguf.bundle.manifest import (
     hash_file,
 )
 from reap2gguf.bundle.members import check_members, gguf_members, hf_members
-from reap2gguf.bundle.modelfile import modelfile
+from reap2gguf.bundle.modelfile import modelfile, with_join_commands
 from reap2gguf.bundle.options_record import OptionsRecord
 from reap2gguf.bundle.sums import compose_sums
 from reap2gguf.errors import VerificationError
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.workdir import Workdir
     from reap2gguf.bundle.evaluation import Evaluation
-    from reap2gguf.bundle.records import RepairRecord
+    from reap2gguf.bundle.records import MergeRecord, RepairRecord
     from reap2gguf.models.description import SideFile
     from reap2gguf.pruning.protection import ProtectedExperts
     from reap2gguf.pruning.select import Kept
@@ -83,7 +85,8 @@ class Evidence:
     seals: Mapping[str, Seal]  # the verified files, by path below the work folder
     made_with: Mapping[str, Mapping[str, str]]  # versions of libraries, by stage
     evaluation: Evaluation | None = None  # None: not measured
-    repair: RepairRecord | None = None  # None: the kept experts are as they were
+    repair: RepairRecord | None = None  # None: the kept experts are not fitted to anything
+    merge: MergeRecord | None = None  # None: no experts became one
     given: GivenImatrix | None = None  # an importance matrix that no pass of its own made
 
 
@@ -101,9 +104,7 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence, written: PrunedV
         pruning=_pruning_record(plan, evidence),
         calibration=_calibration_record(plan, evidence),
         hf=_folder_record(work, evidence.pruned) if plan.writes_hf else None,
-        gguf=tuple(
-            gguf_record(plan.name, recipe, work.gguf, plan.with_toml) for recipe in plan.recipes
-        ),
+        gguf=_gguf_records(plan, work),
         side_files=tuple(side_record(plan.name, side, work.gguf) for side in plan.side_files),
         verification={"summary": passed_summary(passed), "passed": passed},
         caveats=plan.caveats,
@@ -115,6 +116,14 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence, written: PrunedV
         budget=plan.budget,
     )
     return _write(plan, work, evidence, manifest)
+
+
+def _gguf_records(plan: Plan, work: Workdir) -> tuple[GgufRecord, ...]:
+    if plan.slices:
+        return (sliced_record(plan, work.gguf),)
+    return tuple(
+        gguf_record(plan.name, recipe, work.gguf, plan.with_toml) for recipe in plan.recipes
+    )
 
 
 def _folder_record(work: Workdir, written: PrunedView) -> FolderRecord:
@@ -136,11 +145,18 @@ def _source_record(plan: Plan, kept: Kept) -> SourceRecord:
         n_parameters=plan.checkpoint.n_parameters,
         n_bytes=plan.checkpoint.n_stored_bytes,
         earlier=None if plan.history is None else plan.history.after(kept),
+        gguf=_gguf_origin(plan),
     )
 
 
+def _gguf_origin(plan: Plan) -> GgufOrigin | None:
+    """The file that was the source, and how much of it is left."""
+    name = plan.source.gguf_name
+    return GgufOrigin(name, plan.n_parameters) if name else None
+
+
 def _pruning_record(plan: Plan, evidence: Evidence) -> PruningRecord:
-    seen = evidence.observations
+    seen, merge = evidence.observations, evidence.merge
     return PruningRecord(
         method=plan.method,
         n_experts=plan.target.n_experts,
@@ -148,13 +164,14 @@ def _pruning_record(plan: Plan, evidence: Evidence) -> PruningRecord:
         experts_per_token=plan.model.facts.experts_per_token,
         kept=evidence.kept,
         observations_sha256=evidence.observations_sha256,
-        n_rows=0 if seen is None else seen.n_rows,
-        n_tokens=0 if seen is None else seen.n_tokens,
+        n_rows=merge.n_rows if merge else 0 if seen is None else seen.n_rows,
+        n_tokens=merge.n_tokens if merge else 0 if seen is None else seen.n_tokens,
         n_dropped_rows=0 if seen is None else seen.n_dropped_rows,
         mtp=_mtp_record(plan, seen, evidence.importance),
         coverage=None if seen is None else coverage_record(seen, evidence.kept),
         observations_file=None if plan.observations is None else plan.observations.file,
         repair=evidence.repair,
+        merge=merge,
         protected=evidence.protected.named,
         super_experts=evidence.protected.super_experts,
     )
@@ -249,6 +266,7 @@ def _options_record(plan: Plan) -> OptionsRecord:
         dequantize=None if plan.checkpoint.decoding is None else options.dequantize,
         evaluate=options.evaluate,
         repair=options.repair,
+        group_size=plan.group_size if plan.method == "ream" else None,
         candidates=",".join(plan.candidates) or None,
         choose_text=None if options.choose_text is None else options.choose_text.name,
     )
@@ -291,7 +309,7 @@ def write_texts(work: Workdir, manifest: Manifest, files: BundleFiles, source: P
         manifest.save(work.hf)
     texts: dict[str, str | bytes] = {
         CARD_FILE: gguf_text,
-        MODELFILE: modelfile(manifest, source),
+        MODELFILE: with_join_commands(modelfile(manifest, source), manifest.gguf),
         MANIFEST_FILE: manifest.text(),
     }
     texts |= {one.toml_file: one.recipe_source for one in manifest.gguf if one.has_toml}

@@ -17,7 +17,7 @@ from reap2gguf.fitting.counts import usual_counts
 from reap2gguf.fitting.trading import Source, Weighing, size_target
 from reap2gguf.pruning.counts import WEIGHED
 from reap2gguf.pruning.protection import check_protection
-from reap2gguf.pruning.select import Target
+from reap2gguf.pruning.select import Target, choose_target
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.resolve import resolve
@@ -85,9 +85,21 @@ def counts_of(options: BuildOptions, opened: Opened) -> tuple[int, ...]:
     return found
 
 
-def planned_target(facts: ModelFacts, counts: Sequence[int]) -> Target:
-    """What a plan counts with until the numbers are weighed."""
-    return Target(facts.n_experts, max(count for count in counts if count < facts.n_experts))
+def asked_target(
+    options: BuildOptions, opened: Opened
+) -> tuple[BuildOptions, tuple[int, ...], Target]:
+    """The options with a size, the numbers that are weighed, and what a plan counts with first.
+
+    Where a number was named there are none to weigh. Raises what `counts_of` and `choose_target`
+    raise.
+    """
+    facts = opened.model.facts
+    if not options.weighs:
+        return options, (), choose_target(facts, options.keep_experts, options.ratio)
+    options = sized_options(options, opened)
+    counts = counts_of(options, opened)
+    most = max(count for count in counts if count < facts.n_experts)
+    return options, counts, Target(facts.n_experts, most)
 
 
 def check_matrix(options: BuildOptions, opened: Opened, seen: GivenObservations | None) -> None:

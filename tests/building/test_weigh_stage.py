@@ -308,6 +308,7 @@ def test_bits_per_weight_are_those_of_all_experts(model: Path, tmp_path: Path) -
         ({"keep_experts": 6}, r"--keep-experts and --compression auto both set"),
         ({"kept": Path("kept.json")}, r"--kept names them"),
         ({"method": "aimer"}, r"--method aimer makes none; pass another --method"),
+        ({"method": "ream"}, r"measures what it costs to remove experts, and --method ream merges"),
         ({"compression": "half"}, r"compression is 'half', expected a number"),
         ({"target_size": 20_000}, r"pass at least --target-size \d+B, or prune more experts"),
     ],

@@ -14,14 +14,10 @@ from typing import TYPE_CHECKING
 
 from gguf import GGMLQuantizationType
 
-from reap2gguf.building.needs.scoring import (
-    CHUNK,
-    WEIGHED_TOKENS,
-    chosen_tokens,
-    planned_chunks,
-    weighed_variants,
-)
+from reap2gguf.building.needs.scoring import CHUNK, WEIGHED_TOKENS, chosen_tokens, planned_chunks
+from reap2gguf.building.needs.scoring import weighed_variants as _weighed_variants
 from reap2gguf.fitting.target import PROBE_TOKENS
+from reap2gguf.merging.limits import merged_layers
 from reap2gguf.observing.linear_attention import installed_version
 from reap2gguf.quantizing.kernels.gpu_kernels import FORMS
 from reap2gguf.verifying.exactness import QUICK_TYPES
@@ -38,7 +34,7 @@ if TYPE_CHECKING:
     Recipes = Sequence[ResolvedRecipe]
 
 STAGES = (
-    *("start", "texts", "observe", "weigh", "choose", "repair", "prune"),
+    *("start", "texts", "observe", "weigh", "choose", "merge", "repair", "prune"),
     *("imatrix", "fit", "export", "verify", "evaluate", "finish"),
 )
 
@@ -150,6 +146,8 @@ def stage_seconds(
         found["observe"] = max(passing, waiting, spooling) + python * _FIRST_PASS
         found["observe"] += _GPU_START if host.gpu_factor is not None else 0.0
         waiting = _read_seconds(plan.pruned.n_bytes, host)
+    if plan.merges:
+        found["merge"] = max(_merge(plan, sizes, amount, host), waiting) + python * _FIRST_PASS
     if plan.repairs:
         found["repair"] = max(_repair(plan, sizes, amount, host), waiting) + python * _FIRST_PASS
     found["weigh"] = _weigh(plan, sizes, amount, host)
@@ -165,8 +163,7 @@ def stage_seconds(
     else:
         found["imatrix"] = python * _GIVEN
     if plan.sized is not None:
-        found["fit"] = _fit(plan.sized, host)
-        found["fit"] += _probe(plan, plan.sized.n_probes, sizes, amount, host)
+        found["fit"] = _fit(plan.sized, host) + _probe(plan, sizes, amount, host)
     gpu_factor = host.gpu_factor if pays_on_gpu else None
     found["export"] = _export(recipes, host, gpu_factor)
     found["verify"] = _verify(plan, recipes, sizes, disk, host, gpu_factor)
@@ -241,12 +238,28 @@ def _repair(plan: Plan, sizes: Sizes, amount: Amount, host: Host) -> float:
     facts = plan.model.facts
     n = plan.target.n_kept * facts.expert_width
     gram = n * n * amount.n_tokens  # of a triangle
-    solving = _ALPHAS * (n**3 // 3 + 4 * n * n * facts.hidden_size)
+    solving = _ALPHAS * (n**3 // 3 + 4 * n * n * facts.expert_io_width)
     n_layers = len(facts.moe_layers) - facts.has_mtp
     if host.gpu_factor is not None:
         each = (gram / _H100_FLOPS + solving / _H100_FLOAT32) * host.gpu_factor
     else:  # in float64
         each = 2 * (gram + solving) / (_EFFICIENCY * host.speed.flops) / host.parallel
+    return passing + n_layers * each
+
+
+def _merge(plan: Plan, sizes: Sizes, amount: Amount, host: Host) -> float:
+    """Two passes, every expert on every token, and REAM's covariances and eigenvectors."""
+    facts, n_layers = plan.model.facts, len(merged_layers(plan.model))
+    is_ream = plan.method == "ream"
+    passing = (1 + is_ream) * _pass(plan, sizes, amount.n_tokens, amount, host)
+    matrix = facts.hidden_size * facts.expert_width
+    dense = 2 * (2 if is_ream else 3) * matrix * facts.n_experts * amount.n_tokens
+    size = 3 * facts.hidden_size
+    aligning = facts.n_experts * facts.expert_width * size**2 + 6 * size**3 if is_ream else 0
+    if host.gpu_factor is not None:
+        each = (dense / _H100_FLOPS + aligning / _H100_FLOAT32) * host.gpu_factor
+    else:  # the latter in float64
+        each = (dense + 2 * aligning) / (_EFFICIENCY * host.speed.flops) / host.parallel
     return passing + n_layers * each
 
 
@@ -286,15 +299,16 @@ def _weigh(plan: Plan, sizes: Sizes, amount: Amount, host: Host) -> float:
     """All numbers of experts through all layers, and the types of each of them."""
     if not plan.weighs or plan.sized is None:
         return 0.0
-    n_variants = len(weighed_variants(plan))
+    n_variants = len(_weighed_variants(plan))
     passing = _scoring(plan, sizes, amount, n_variants, WEIGHED_TOKENS, host)
-    reading = _read_seconds(plan.checkpoint.n_bytes, host)
+    passing = max(passing, _read_seconds(plan.checkpoint.n_bytes, host))
     fitting = len(plan.counts) * _fit(plan.sized, host)
-    return max(passing, reading) + host.speed.python * n_variants * _PASS + fitting
+    return passing + host.speed.python * n_variants * _PASS + fitting
 
 
-def _probe(plan: Plan, n_probes: int, sizes: Sizes, amount: Amount, host: Host) -> float:
+def _probe(plan: Plan, sizes: Sizes, amount: Amount, host: Host) -> float:
     """All probes through all layers; the weights that they change are quantized on a processor."""
+    n_probes = 0 if plan.sized is None else plan.sized.n_probes
     if not n_probes:
         return 0.0
     passing = _scoring(plan, sizes, amount, 1 + n_probes, PROBE_TOKENS, host)
