@@ -49,6 +49,25 @@ COVERED_BY = [
         "experts against bits, from Python and on the command line",
         ("api/budgeting.py", "terminal/budget_command.py"),
     ),
+    ("gguf_files/test_split.py", "names of parts", ("gguf_files/part_names.py",)),
+    ("fitting/test_probing.py", "the rows of probes", ("fitting/probe_text.py",)),
+    (
+        "building/test_weigh_stage.py",
+        "builds that weigh experts against bits, from their plans to their cards",
+        (
+            "building/observed.py",
+            "building/weighed.py",
+            "bundle/card_budget.py",
+            "fitting/counts.py",
+            "fitting/lines.py",
+            "verifying/budget.py",
+        ),
+    ),
+    (
+        "building/test_bundling.py",
+        "what is made of them",
+        ("building/bundle_options.py",),
+    ),
     (
         "choosing/test_candidates.py",
         "which observations rank candidates",
