@@ -38,6 +38,11 @@ COVERED_BY = [
         "budgets, and what is refused before anything is measured",
         ("fitting/solving.py",),
     ),
+    (
+        "models/test_nemotron_h.py",
+        "headers of the whole family",
+        ("models/nemotron_from_gguf.py",),
+    ),
     ("pruning/test_select.py", "numbers of experts that no model has", ("pruning/counts.py",)),
     (
         "fitting/test_trading.py",
@@ -174,6 +179,11 @@ COVERED_BY = [
             "gguf_source/checking.py", "gguf_source/header.py", "gguf_source/slices.py",
             "gguf_source/writing.py", "verifying/sliced.py",
         ),
+    ),
+    (
+        "building/test_slice_stage.py",
+        "bundles of GGUF files, from their plan to their verification",
+        ("building/as_stored.py", "building/sliced_record.py", "verifying/opening.py"),
     ),
     (
         "gguf_source/test_checkpoint.py",

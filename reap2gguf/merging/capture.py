@@ -65,7 +65,7 @@ def capture(
     found, every = Captured(experts, None, 0), max(1, -(-total // SAMPLES))  # type: ignore[arg-type]
     observer = SaliencyObserver(decoder.model)
     observer.use(decoder.device)
-    with closing(Tap(experts.module, option)) as tap:
+    with closing(Tap(experts.module, option=option)) as tap:
         observer.attach(index, module)
         for number, batch in enumerate(batches):
             following = batches[number + 1].span if number + 1 < len(batches) else None

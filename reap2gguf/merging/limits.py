@@ -65,6 +65,12 @@ def check_merge(
             "or keep fewer with --keep-experts or --compression"
         )
     check_mergeable(model, method)
+    projections = model.expert_tensors(merged_layers(model)[0], weights.tensors)
+    if model.facts.latent_width or set(projections) != {"gate", "up", "down"}:
+        raise UnsupportedModelError(
+            f"{model.facts.architecture}: --method {method} is not defined for experts without a "
+            "gate, or that work on a narrower latent; choose a --method that removes experts"
+        )
     if weights.stored is not weights:
         raise UsageError(
             f"--method {method}: the weights are quantized, and merged ones cannot be stored among "

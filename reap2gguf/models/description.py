@@ -55,9 +55,16 @@ class ModelFacts:
     # the router first chooses groups_per_token of n_groups equal runs of neighbouring experts
     n_groups: int = 1
     groups_per_token: int = 1
+    # the width L of what enters and leaves the experts, where it is not H
+    latent_width: int | None = None
     # query heads per key-value head in the file's first layer, where those of layers differ;
     # 0 if that layer has no attention
     first_gqa: int | None = None
+
+    @property
+    def expert_io_width(self) -> int:
+        """Values of a token that enter an expert, and that leave it: H, or those of a latent."""
+        return self.latent_width or self.hidden_size
 
     @property
     def gqa(self) -> int:

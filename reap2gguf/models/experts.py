@@ -196,7 +196,7 @@ class ExpertLayout:
 
 def _matrix(projection: Projection, facts: ModelFacts) -> tuple[int, int]:
     """Rows and columns of one expert's matrix."""
-    width, hidden = facts.expert_width, facts.hidden_size
+    width, hidden = facts.expert_width, facts.expert_io_width
     if projection == "down":
         return hidden, width
     return (2 * width if projection == "gate_up" else width), hidden

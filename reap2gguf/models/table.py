@@ -16,6 +16,7 @@ from reap2gguf.models.granite_moe import GraniteMoe, GraniteMoeShared
 from reap2gguf.models.lfm2_moe import Lfm2Moe
 from reap2gguf.models.minimax_m2 import MiniMaxM2
 from reap2gguf.models.mixtral import Mixtral
+from reap2gguf.models.nemotron_h import NemotronH
 from reap2gguf.models.olmoe import Olmoe
 from reap2gguf.models.qwen2_moe import Qwen2Moe
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
@@ -38,6 +39,7 @@ ARCHITECTURES: dict[str, type[MoeModel]] = {
     "Lfm2MoeForCausalLM": Lfm2Moe,
     "MiniMaxM2ForCausalLM": MiniMaxM2,
     "MixtralForCausalLM": Mixtral,
+    "NemotronHForCausalLM": NemotronH,
     "OlmoeForCausalLM": Olmoe,
     "Qwen2MoeForCausalLM": Qwen2Moe,
     "Qwen3MoeForCausalLM": Qwen3Moe,

@@ -409,7 +409,9 @@ def _say_what_is_missing(
     if reference is None and check.strictness.reads_values:
         why = "the safetensors are " + ("not beside it" if hf is None else "not readable")
         if manifest.hf is None:
-            why = f"the bundle has none of its own; pass --source {one_line(manifest.source.label)}"
+            origin = manifest.source.gguf
+            label = manifest.source.label if origin is None else origin.file
+            why = f"the bundle has none of its own; pass --source {one_line(label)}"
         say(f"values not compared: {why}")
         say(f"recipes not applied again: {why}")
     if check.strictness.source is None:

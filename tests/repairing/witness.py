@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 class Calls:
     """What the experts of one module were called with, and what they gave."""
 
-    inputs: np.ndarray  # (N, H) float64
+    entering: np.ndarray  # (N, H) float64, of the block that routes to them
+    inputs: np.ndarray  # (N, H), or of a latent
     index: np.ndarray  # (N, K)
     gates: np.ndarray  # (N, K)
     outputs: np.ndarray  # (N, H)
@@ -26,12 +27,20 @@ class Calls:
 def calls(folder: Path, rows: list[np.ndarray], path: str) -> Calls:
     """Run transformers' whole model on rows; `path` is that of the experts in the text model."""
     whole: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    experts = next(part for name, part in whole.named_modules() if name.endswith(path))
+    modules = dict(whole.named_modules())
+    name = next(name for name in modules if name.endswith(path))
+    experts: Any = modules[name]
     kept: list[Any] = []
+    entering: list[torch.Tensor] = []
 
     def keep(module: Any, arguments: Any, keywords: Any, output: torch.Tensor) -> None:
         kept.append((*arguments, *keywords.values(), output))
 
+    def keep_entering(module: Any, arguments: Any, keywords: Any) -> None:
+        values = next(iter((*arguments, *keywords.values())))
+        entering.append(values.reshape(-1, values.shape[-1]))
+
+    modules[name.rpartition(".")[0]].register_forward_pre_hook(keep_entering, with_kwargs=True)
     handle = experts.register_forward_hook(keep, with_kwargs=True)
     with torch.inference_mode():
         for row in rows:
@@ -39,10 +48,13 @@ def calls(folder: Path, rows: list[np.ndarray], path: str) -> Calls:
         handle.remove()
         inputs, index, gates, outputs = (torch.cat(one) for one in zip(*kept, strict=True))
         activations = []
-        for matrix in experts.gate_up_proj:
-            gate, up = (inputs @ matrix.T).chunk(2, dim=-1)
-            activations.append((experts.act_fn(gate) * up).double().numpy())
+        has_gate = hasattr(experts, "gate_up_proj")
+        for matrix in experts.gate_up_proj if has_gate else experts.up_proj:
+            gate, *up = (inputs @ matrix.T).chunk(1 + has_gate, dim=-1)
+            gated = experts.act_fn(gate) * up[0] if has_gate else torch.relu(gate).square()
+            activations.append(gated.double().numpy())
     return Calls(
+        torch.cat(entering).double().numpy(),
         inputs.double().numpy(),
         index.numpy(),
         gates.double().numpy(),
@@ -53,7 +65,7 @@ def calls(folder: Path, rows: list[np.ndarray], path: str) -> Calls:
 
 
 def targets(folder: Path, inputs: np.ndarray, path: str) -> np.ndarray:
-    """What the experts of a model give on inputs (N, H), by its own routing: (N, H)."""
+    """What the experts of a model give where its block gets inputs (N, H), by its own routing."""
     whole: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     modules = dict(whole.named_modules())
     name = next(name for name in modules if name.endswith(path))

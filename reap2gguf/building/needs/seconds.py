@@ -234,7 +234,7 @@ def _repair(plan: Plan, sizes: Sizes, amount: Amount, host: Host) -> float:
     facts = plan.model.facts
     n = plan.target.n_kept * facts.expert_width
     gram = n * n * amount.n_tokens  # of a triangle
-    solving = _ALPHAS * (n**3 // 3 + 4 * n * n * facts.hidden_size)
+    solving = _ALPHAS * (n**3 // 3 + 4 * n * n * facts.expert_io_width)
     n_layers = len(facts.moe_layers) - facts.has_mtp
     if host.gpu_factor is not None:
         each = (gram / _H100_FLOPS + solving / _H100_FLOAT32) * host.gpu_factor

@@ -91,13 +91,25 @@ def register() -> None:
 def watch(experts: torch.nn.Module, observer: ExpertsObserver) -> None:
     """Show `observer` the routed pairs of an experts module.
 
-    Raises UnsupportedModelError if the experts have biases or no gate.
+    Raises UnsupportedModelError if the experts have biases.
     """
-    if not getattr(experts, "has_gate", False) or getattr(experts, "has_bias", True):
+    if not hasattr(experts, "has_gate") or getattr(experts, "has_bias", True):
         raise UnsupportedModelError(
-            f"{type(experts).__name__}: experts with biases or without a gate are not supported"
+            f"{type(experts).__name__}: experts with biases are not supported"
         )
     setattr(experts, _OBSERVER, observer)
+
+
+def first_matrices(experts: Any) -> Tensor:
+    """What the experts' inputs are multiplied with: (E, 2F, H), or (E, F, H) without a gate."""
+    weights: Tensor = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    return weights
+
+
+def activated(experts: Any, products: Tensor) -> Tensor:
+    """What the down matrices multiply, (S, F), by the module's own code."""
+    found: Tensor = (experts._apply_gate if experts.has_gate else experts.act_fn)(products)
+    return found
 
 
 def observed_experts_forward(
@@ -155,8 +167,8 @@ def _all_at_once(
     inputs: Tensor | None = None
     input_squares, activation_squares = None, None
     # sums of squares come with copies of the tokens, which are then the quicker way
-    fetches = not with_squares and fused.is_swiglu(self)
-    if fetches and kernels.can_gate_up(hidden, self.gate_up_proj):
+    is_swiglu = self.has_gate and fused.is_swiglu(self)
+    if is_swiglu and not with_squares and kernels.can_gate_up(hidden, self.gate_up_proj):
         places, gates = kernels.placed(weights, order)
         top_k = weights.shape[-1]
         activations = kernels.gate_up(hidden, self.gate_up_proj, order, ends, top_k)
@@ -164,12 +176,12 @@ def _all_at_once(
         inputs, places, gates, input_squares = kernels.gather(
             hidden, weights, order, ends, with_squares
         )
-        gate_up = grouped_mm(inputs, self.gate_up_proj.transpose(-2, -1), offs=ends)  # (S, 2F)
-        if fused.is_swiglu(self):
-            activations, activation_squares = kernels.swiglu(gate_up, ends, with_squares)
+        products = grouped_mm(inputs, first_matrices(self).transpose(-2, -1), offs=ends)
+        if is_swiglu:
+            activations, activation_squares = kernels.swiglu(products, ends, with_squares)
         else:
-            activations = self._apply_gate(gate_up)
-        del gate_up
+            activations = activated(self, products)
+        del products
     outputs = grouped_mm(activations, self.down_proj.transpose(-2, -1), offs=ends)  # (S, H)
     norms = None
     if observer is not None and observer.wants_norms:
@@ -200,7 +212,7 @@ def _one_by_one(
         chosen = order[limits[expert] : limits[expert + 1]]
         tokens, gates = chosen // top_k, weights.reshape(-1)[chosen]
         inputs = hidden[tokens]
-        activations = self._apply_gate(linear(inputs, widened(self.gate_up_proj[expert])))
+        activations = activated(self, linear(inputs, widened(first_matrices(self)[expert])))
         outputs = linear(activations, widened(self.down_proj[expert]))
         if observer is not None:
             norms = kernels.norms_of(outputs) if observer.wants_norms else None
