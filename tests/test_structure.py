@@ -198,7 +198,8 @@ COVERED_BY = [
         "building/test_prune_gguf.py",
         "the parts of a pruned file, compared with what pruned safetensors give",
         (
-            "gguf_source/checking.py", "gguf_source/header.py", "gguf_source/slices.py",
+            "gguf_source/checking.py", "gguf_source/header.py", "gguf_source/inspection.py",
+            "gguf_source/slices.py",
             "gguf_source/writing.py", "verifying/sliced.py",
         ),
     ),
