@@ -50,7 +50,9 @@ class MoeModel(ABC):
     model_type: ClassVar[str]
     gguf_arch: ClassVar[str]  # general.architecture
     mtp_in_gguf: ClassVar[bool] = True  # whether GGUF files have a multi-token-prediction block
+    has_eager_attention: ClassVar[bool] = False  # transformers has no other of this architecture
     norm_module: ClassVar[str] = "norm"  # after the last layer, in transformers' model
+    mtp_centers: ClassVar[bool] = False  # whether the MTP block's last norm takes off the mean
 
     def __init__(
         self,
@@ -167,7 +169,7 @@ class MoeModel(ABC):
         """transformers' name, within that module, of a tensor stored below `block_prefix`.
 
         The MTP block's module is `observing.mtp.MtpBlock`: `fc`, `embedding_norm`, `hidden_norm`,
-        `norm`, and its decoder layer below `layer.`.
+        `norm`, and its decoder layer below `layer.`, or several below `layer.0.`, `layer.1.`.
         """
 
     def is_computed_in_f32(self, layer: int, name: str) -> bool:
@@ -209,6 +211,10 @@ class MoeModel(ABC):
         left_out = block is not None and block >= self.n_gguf_blocks
         return left_out and name.startswith(self.block_prefix(self.facts.n_layers))
 
+    def mixer_bytes(self) -> int:
+        """Memory that a position takes in a layer's mixer at least, where that is not attention."""
+        return 0
+
     def head_matrices(self, layer: int) -> HeadMatrices | None:
         """Matrices of that module's attention whose inputs transformers does not form."""
         return None
@@ -241,7 +247,7 @@ class MoeModel(ABC):
 
     @abstractmethod
     def expert_shapes(self, layer: int) -> Mapping[str, tuple[int, ...]]:
-        """Stored names and shapes of the experts of a MoE layer, one tensor per expert."""
+        """Stored names and shapes of the experts of a MoE layer: a tensor each, if they may be."""
 
     def renumbered(self, name: str, expert: int) -> str:
         """The stored name of a 2D expert tensor with another expert's number."""
@@ -310,9 +316,9 @@ class MoeModel(ABC):
         """Whether the router has a factor for each expert, and other inputs than the experts."""
         return False
 
-    def mtp_template(self) -> int:
-        """A trunk layer of the kind that the MTP block's decoder layer is."""
-        return self.facts.n_layers - 1
+    def mtp_templates(self) -> tuple[int, ...]:
+        """Trunk layers of the kinds that the MTP block's decoder layers are, mostly one."""
+        return (self.facts.n_layers - 1,)
 
     def check_tensors(self, stored: Mapping[str, StoredTensor]) -> None:
         """Refuse a checkpoint whose tensors are not those that its config describes.

@@ -84,6 +84,7 @@ class DecoderModel(MoeModel):
     # transformers' values of absent keys, where they are not those of most families
     defaults: ClassVar[Mapping[str, int]] = {}
     epsilon: ClassVar[tuple[str, float]] = ("rms_norm_eps", 1e-6)  # of norms: key and default
+    has_rotary: ClassVar[bool] = True  # whether anything is rotated by its position
     has_attention_biases: ClassVar[bool] = False  # whether `attention_bias` may be true
     default_theta: ClassVar[float] = 10_000.0  # of the rotary embedding
     tying_keys: ClassVar[TyingKeys] = TyingKeys()
@@ -186,7 +187,7 @@ class DecoderModel(MoeModel):
             self.count_keys[0]: self.facts.n_experts,
             self.width_key: self.facts.expert_width,
             self.epsilon[0]: read_epsilon(self.text, *self.epsilon),
-            "rope_parameters": self.rope.config_values(),
+            **({"rope_parameters": self.rope.config_values()} if self.has_rotary else {}),
         }
 
     def pruned_config(self, n_experts: int) -> dict[str, Any]:
@@ -217,9 +218,10 @@ class DecoderModel(MoeModel):
         return self.text.integer("intermediate_size", low=1, high=MAX_WIDTH)
 
     def gguf_metadata(self) -> tuple[HeaderValue, ...]:
+        rotary = self.rope.metadata() if self.has_rotary else []
         return tuple(
             HeaderValue(key.format(arch=self.gguf_arch), value, value_type)
-            for key, value, value_type in (*self.header(), *self.rope.metadata())
+            for key, value, value_type in (*self.header(), *rotary)
             if value is not None
         )
 
@@ -252,7 +254,12 @@ class DecoderModel(MoeModel):
         """The rules of a decoder layer, named from its block's prefix on."""
         if self.mtp is None or layer != self.facts.mtp_layer:
             return self.rules(layer)
-        return nested(self.rules(self.mtp_template()), self.mtp.layer, "layer.")
+        return self.mtp_layer_rules(self.mtp)
+
+    def mtp_layer_rules(self, mtp: MtpLayout) -> tuple[TensorRule, ...]:
+        """The rules of the MTP block's decoder layer, or layers, named from its prefix on."""
+        (template,) = self.mtp_templates()
+        return nested(self.rules(template), mtp.layer, mtp.module)
 
     def rules_beside(self, layer: int) -> tuple[TensorRule, ...]:
         """The rules of what the MTP block has besides its decoder layer."""
@@ -372,7 +379,7 @@ class DecoderModel(MoeModel):
         return self.experts.weights(stored, self.layer_prefix(layer), layer, self.facts)
 
     def expert_shapes(self, layer: int) -> Mapping[str, tuple[int, ...]]:
-        return self.experts.apart(self.layer_prefix(layer), self.facts)
+        return self.experts.shapes(self.layer_prefix(layer), self.facts)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         sizes = self.sizes()
@@ -397,7 +404,7 @@ class DecoderModel(MoeModel):
         return self.experts.module_is_as_stored
 
     def experts_path(self, layer: int) -> str:
-        inside = "layer." if layer == self.facts.mtp_layer else ""
+        inside = self.mtp.module if self.mtp and layer == self.facts.mtp_layer else ""
         return inside + self.experts.module
 
     def matrices(self, layer: int) -> Mapping[str, tuple[str, ...]]:

@@ -25,7 +25,7 @@ from reap2gguf.observing.compute.experts import IMPLEMENTATION, register
 from reap2gguf.observing.compute.fused import Shapes, fuse
 from reap2gguf.observing.compute.kernels import has_triton
 from reap2gguf.observing.loader import Target, Tensors, WeightLoader, target_bytes
-from reap2gguf.observing.mtp import MtpBlock, next_tokens
+from reap2gguf.observing.mtp import build_mtp, next_tokens
 from reap2gguf.observing.readers import Readers
 from reap2gguf.observing.recording import Arguments, Recorded, Recorder, unshared
 from reap2gguf.observing.targets import layer_targets, names_by_layer, whole
@@ -77,7 +77,9 @@ class StreamedDecoder:
         self._layers: list[torch.nn.Module] = list(self._base.layers)
         count = len(self._layers)
         if model.facts.has_mtp:
-            self._layers.append(self._build_mtp(dtype))
+            config, templates = self._base.config, model.mtp_templates()
+            block = build_mtp(config, self._layers, templates, self._norm, model.mtp_centers, dtype)
+            self._layers.append(block)
         if device.type == "cpu":
             follow_devices(part for layer in self._layers for part in layer.modules())
         self._recorders = [
@@ -138,7 +140,7 @@ class StreamedDecoder:
 
     def _load_embedding(self, name: str) -> None:
         weight = self._read(name, shared=True)
-        embedding = self._base.embed_tokens
+        embedding = self._embedding
         embedding.load_state_dict({"weight": weight}, assign=True)
         # a buffer that is not stored, by which some models multiply embeddings
         if (scale := getattr(embedding, "embed_scale", None)) is not None:
@@ -147,7 +149,12 @@ class StreamedDecoder:
 
     def drop_embedding(self) -> None:
         """Free the token embedding."""
-        self._base.embed_tokens.to("meta")
+        self._embedding.to("meta")
+
+    @property
+    def _embedding(self) -> Any:
+        """The token embedding's module, whatever its name is."""
+        return self._base.get_input_embeddings()
 
     @torch.inference_mode()
     def embed(self, tokens: Tensor) -> Tensor:
@@ -292,10 +299,10 @@ class StreamedDecoder:
         """The MTP block on the trunk's hidden states (B, T, H) and the tokens (B, T)."""
         block = self._layers[-1]
         following = next_tokens(tokens.to(self._device))
-        arguments = self._arguments[hidden.shape[1]][self.model.mtp_template()]
+        arguments = self._arguments[hidden.shape[1]][self.model.mtp_templates()[0]]
 
         def run(rows: slice) -> Tensor:
-            embedded = self._base.embed_tokens(following[rows]).to(self._dtype)
+            embedded = self._embedding(following[rows]).to(self._dtype)
             output: Tensor = block(self._norm(hidden[rows]), embedded, **arguments)
             return output
 
@@ -308,7 +315,7 @@ class StreamedDecoder:
         if self._head is None:
             block.layer.to("meta")  # what is left to compute is a norm and the head
             if self.model.mtp_head_name == self.model.mtp_embedding_name:
-                self._head = self._base.embed_tokens.weight
+                self._head = self._embedding.weight
             else:
                 self.drop_embedding()
                 self._head = self._read(self.model.mtp_head_name)
@@ -324,20 +331,6 @@ class StreamedDecoder:
         each = map if self.crew is None else self.crew.in_order
         best = list(each(lambda part: self.mtp_logits(part[None])[0].argmax(-1), slices))
         return torch.cat(best).view(hidden.shape[:2])
-
-    def _build_mtp(self, dtype: torch.dtype) -> MtpBlock:
-        """The MTP block on the meta device, its layer of the kind the architecture names."""
-        template = self.model.mtp_template()
-        config = self._base.config
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device("meta"):
-                layer = type(self._layers[template])(config, template)
-                block = MtpBlock(self._norm, layer, config.hidden_size, config.rms_norm_eps)
-        finally:
-            torch.set_default_dtype(before)
-        return block.eval()
 
     def targets(self, index: int) -> dict[str, Target]:
         """What layer `index` is read from.

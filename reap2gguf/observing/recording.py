@@ -26,9 +26,17 @@ class Recorder(torch.nn.Module):
     def __init__(self, layer: torch.nn.Module, is_last: bool) -> None:
         super().__init__()
         self.is_last = is_last
+        self._replaced = [layer]  # in a list, it is no part of this module
         self._names = list(inspect.signature(layer.forward).parameters)[1:]
         self.hidden: Tensor | None = None
         self.arguments: Arguments = {}
+
+    def __getattr__(self, name: str) -> Any:
+        """What a model asks of its layers besides calling them, such as their kind."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_replaced"][0], name)
 
     def forward(self, hidden_states: Tensor, *others: Any, **arguments: Any) -> Tensor:
         named = dict(zip(self._names, others, strict=False))
