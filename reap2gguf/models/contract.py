@@ -166,6 +166,13 @@ class MoeModel(ABC):
         `norm`, and its decoder layer below `layer.`.
         """
 
+    def joined(self, layer: int) -> Mapping[str, tuple[str, ...]]:
+        """That module's parameters that are several stored tensors, one after another on axis 0.
+
+        By transformers' name, what is stored below `block_prefix`, in its order.
+        """
+        return {}
+
     @abstractmethod
     def experts_path(self, layer: int) -> str:
         """Path of the experts within that module."""

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gguf import Keys
 
-from reap2gguf.errors import CheckpointError, UnsupportedModelError
+from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
-from reap2gguf.models.description import MAX_WIDTH, GgufTensor, HeadMatrices, missing
+from reap2gguf.models.description import MAX_WIDTH, GgufTensor, HeadMatrices
 from reap2gguf.models.facts import FACT_KEYS, read_epsilon
 from reap2gguf.models.from_gguf import EMBEDDING, headless_config, trunk_layers
 from reap2gguf.models.layer_types import (
@@ -38,6 +38,7 @@ from reap2gguf.models.mla import (
     read_heads,
     read_latent_rope,
     rope_from_gguf,
+    without_whole,
 )
 from reap2gguf.models.nextn import NextnDecoder
 from reap2gguf.models.rope import check_rotary_width
@@ -251,19 +252,10 @@ class Deepseek2(NextnDecoder):
     ) -> tuple[GgufTensor, ...]:
         if rule.gguf != KV_B.gguf:
             return super().made_of(stored, name, rule, prefix)
-        if name not in stored:
-            raise missing(name)
-        sizes = self.heads.sizes()
-        if stored[name].shape != (expected := (sizes["KVB"], sizes["R"])):
-            raise CheckpointError(
-                f"tensor {name!r}: shape {list(stored[name].shape)}, expected {list(expected)}"
-            )
-        return self.heads.split(name, prefix)
+        return self.heads.split(stored, name, prefix)
 
     def matrices(self, layer: int) -> Mapping[str, tuple[str, ...]]:
-        whole = f"blk.{layer}.{KV_B.gguf}"
-        found = super().matrices(layer)
-        return {module: names for module, names in found.items() if whole not in names}
+        return without_whole(super().matrices(layer))
 
     def head_matrices(self, layer: int) -> HeadMatrices:
         return self.heads.matrices(layer, "layer." if layer == self.facts.mtp_layer else "")

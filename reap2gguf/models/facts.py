@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # how configs of any architecture spell their number of routed experts
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 WIDTH_KEY = "moe_intermediate_size"  # most configs' name of an expert's width
+USED_KEY = "num_experts_per_tok"  # and of how many experts a token goes through
+CONTEXT_KEY = "max_position_embeddings"  # and of the longest context
 DTYPE_KEYS = ("dtype", "torch_dtype")
 # what decides weights or logits in every family, and may not be null
 FACT_KEYS = (
@@ -31,11 +33,11 @@ FACT_KEYS = (
     "num_key_value_heads",
     "head_dim",
     "hidden_act",
-    "max_position_embeddings",
+    CONTEXT_KEY,
     "rms_norm_eps",
     "attention_bias",
     WIDTH_KEY,
-    "num_experts_per_tok",
+    USED_KEY,
 )
 # the same, where null is the same as absent
 OPTIONAL_KEYS = (
@@ -64,13 +66,16 @@ def read_facts(
     count_keys: Sequence[str],
     defaults: Mapping[str, int],
     width_key: str = WIDTH_KEY,
+    used_keys: Sequence[str] = (USED_KEY,),
+    context_keys: Sequence[str] = (CONTEXT_KEY,),
     **decided: Any,
 ) -> ModelFacts:
     """The facts that a text model's config states, and those that are `decided` elsewhere.
 
     `count_keys` are spellings of the number of experts, `defaults` transformers' values of absent
-    keys, `width_key` names an expert's width. Raises UnsupportedModelError for numbers out of
-    range.
+    keys, `width_key` names an expert's width; `used_keys` are spellings of the number of experts
+    of a token, `context_keys` of the longest context. Raises UnsupportedModelError for numbers out
+    of range.
     """
     n_experts = read.integer(*count_keys, low=2, high=MAX_EXPERTS)
     hidden = read.integer("hidden_size", low=1, high=MAX_WIDTH)
@@ -82,12 +87,12 @@ def read_facts(
         hidden_size=hidden,
         expert_width=read.integer(width_key, low=1, high=MAX_WIDTH),
         n_experts=n_experts,
-        experts_per_token=read.integer("num_experts_per_tok", low=1, high=n_experts),
+        experts_per_token=read.integer(*used_keys, low=1, high=n_experts),
         n_heads=n_heads,
         n_kv_heads=read.integer("num_key_value_heads", low=1, high=MAX_HEADS, default=n_kv_heads),
         head_dim=read.integer("head_dim", low=1, high=MAX_WIDTH, default=head_dim),
         vocab_size=read.integer("vocab_size", low=1, high=MAX_VOCABULARY),
-        context_length=read.integer("max_position_embeddings", low=1),
+        context_length=read.integer(*context_keys, low=1),
         **decided,
     )
 
@@ -97,12 +102,12 @@ def config_values(facts: ModelFacts) -> dict[str, Any]:
     return {
         "num_hidden_layers": facts.n_layers,
         "hidden_size": facts.hidden_size,
-        "num_experts_per_tok": facts.experts_per_token,
+        USED_KEY: facts.experts_per_token,
         "num_attention_heads": facts.n_heads,
         "num_key_value_heads": facts.n_kv_heads,
         "head_dim": facts.head_dim,
         "vocab_size": facts.vocab_size,
-        "max_position_embeddings": facts.context_length,
+        CONTEXT_KEY: facts.context_length,
     }
 
 

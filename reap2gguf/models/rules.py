@@ -26,7 +26,9 @@ class TensorRule:
     gguf: str  # name below `blk.N.`
     shape: str  # stored sizes, slowest first: "V H"
     gguf_shape: str = ""  # where a transform changes the shape
-    parameter: str = ""  # transformers' name within the layer, where that is another
+    # transformers' name within the layer, where that is another; rules that share one are parts of
+    # it, one after another on axis 0
+    parameter: str = ""
     input_of: str = ""  # the module whose input this matrix multiplies too
     always_f32: bool = False
     # of an MTP block: what of the model's it has its own of; such a rule holds where it is stored

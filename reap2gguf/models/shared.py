@@ -32,8 +32,10 @@ from reap2gguf.models.description import (
 )
 from reap2gguf.models.experts import INDEX, ExpertLayout
 from reap2gguf.models.facts import (
+    CONTEXT_KEY,
     COUNT_KEYS,
     FACT_KEYS,
+    USED_KEY,
     WIDTH_KEY,
     config_values,
     read_epsilon,
@@ -75,6 +77,8 @@ class DecoderModel(MoeModel):
     mtp: ClassVar[MtpLayout | None] = None
     count_keys: ClassVar[tuple[str, ...]] = ("num_experts", "num_local_experts")
     width_key: ClassVar[str] = WIDTH_KEY  # the config's name of an expert's width
+    used_keys: ClassVar[tuple[str, ...]] = (USED_KEY,)  # of how many experts a token has
+    context_keys: ClassVar[tuple[str, ...]] = (CONTEXT_KEY,)
     fact_keys: ClassVar[tuple[str, ...]] = FACT_KEYS  # may not be null, and have one value
     # transformers' values of absent keys, where they are not those of most families
     defaults: ClassVar[Mapping[str, int]] = {}
@@ -166,6 +170,8 @@ class DecoderModel(MoeModel):
             self.count_keys,
             self.defaults,
             self.width_key,
+            self.used_keys,
+            self.context_keys,
             architecture=str(self.config["architectures"][0]),
             gguf_arch=self.gguf_arch,
             moe_layers=tuple(moe_layers),
@@ -380,6 +386,12 @@ class DecoderModel(MoeModel):
     def parameter(self, layer: int, name: str) -> str:
         rule = self._in_blocks[layer].get(name)
         return name if rule is None else rule.in_module
+
+    def joined(self, layer: int) -> Mapping[str, tuple[str, ...]]:
+        found: dict[str, dict[str, None]] = {}
+        for rule in self._all_rules[layer]:
+            found.setdefault(rule.in_module, {})[rule.stored] = None
+        return {module: tuple(stored) for module, stored in found.items() if len(stored) > 1}
 
     @property
     def module_is_as_stored(self) -> bool:
