@@ -33,6 +33,8 @@ from reap2gguf.models.layer_types import (
 from reap2gguf.models.mla import (
     HEAD_KEYS,
     KV_B,
+    LATENT_EPSILON,
+    MOST_EPSILON,
     LatentRope,
     heads_from_gguf,
     read_heads,
@@ -68,9 +70,6 @@ if TYPE_CHECKING:
     from reap2gguf.models.description import ModelFacts
     from reap2gguf.models.gguf_keys import GgufKeys
 
-# Of norms of latents, transformers has an epsilon in its code, llama.cpp the config's of all norms.
-_LATENT_EPSILON = 1e-6
-_MOST_EPSILON = 1e-5  # of published models, where the difference is not seen
 _LITE_LAYERS = (26, 27)  # llama.cpp takes these for models without low-rank queries
 _LITE_VOCABULARY = {48: 128_256}  # and these layers with this vocabulary
 # of a file that does not say how scores are made, these are llama.cpp's GLM-4.7-Flash
@@ -151,10 +150,10 @@ class Deepseek2(NextnDecoder):
                 f"{read.where}: n_shared_experts is 0 or missing, expected at least 1: {arch} has "
                 "such experts in every layer with experts"
             )
-        if (found := read_epsilon(read, *self.epsilon)) > _MOST_EPSILON:
+        if (found := read_epsilon(read, *self.epsilon)) > MOST_EPSILON:
             raise UnsupportedModelError(
-                f"{read.where}: rms_norm_eps is {found:g}, expected at most {_MOST_EPSILON:g}: "
-                f"{arch} norms latents with it, and transformers with {_LATENT_EPSILON:g}"
+                f"{read.where}: rms_norm_eps is {found:g}, expected at most {MOST_EPSILON:g}: "
+                f"{arch} norms latents with it, and transformers with {LATENT_EPSILON:g}"
             )
         self.refuse_routing()
 

@@ -23,7 +23,7 @@ from reap2gguf.models.description import Floats, Transform, picked
 def _decay_rate(values: Floats) -> Floats:
     import torch  # its exponential is the one llama.cpp's converter takes
 
-    rate: Floats = -torch.exp(torch.from_numpy(values)).numpy()
+    rate: Floats = -torch.exp(torch.from_numpy(np.array(values))).numpy()
     return rate
 
 

@@ -49,6 +49,9 @@ KEYS_AND_VALUES = (
     KV_B,
     TensorRule(f"{_ATTENTION}.o_proj.weight", "attn_output.weight", "H O"),
 )
+# Of norms of latents, transformers has an epsilon in its code, llama.cpp the config's of all norms.
+LATENT_EPSILON = 1e-6
+MOST_EPSILON = 1e-5  # of published models, where the difference is not seen
 ONE_HEAD = "latents are the only head of keys and values"
 HEAD_KEYS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 

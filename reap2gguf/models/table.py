@@ -12,6 +12,7 @@ from reap2gguf.models.deepseek2 import DeepseekV2, DeepseekV3, Glm4MoeLite
 from reap2gguf.models.facts import COUNT_KEYS
 from reap2gguf.models.glm4_moe import Glm4Moe
 from reap2gguf.models.granite_moe import GraniteMoe, GraniteMoeShared
+from reap2gguf.models.kimi_linear import KimiLinear
 from reap2gguf.models.lfm2_moe import Lfm2Moe
 from reap2gguf.models.mixtral import Mixtral
 from reap2gguf.models.olmoe import Olmoe
@@ -32,6 +33,7 @@ ARCHITECTURES: dict[str, type[MoeModel]] = {
     "Glm4MoeLiteForCausalLM": Glm4MoeLite,
     "GraniteMoeForCausalLM": GraniteMoe,
     "GraniteMoeSharedForCausalLM": GraniteMoeShared,
+    "KimiLinearForCausalLM": KimiLinear,
     "Lfm2MoeForCausalLM": Lfm2Moe,
     "MixtralForCausalLM": Mixtral,
     "OlmoeForCausalLM": Olmoe,

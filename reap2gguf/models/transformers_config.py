@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,10 @@ def transformers_config(values: Mapping[str, Any]) -> Any:
         raise ValueError(f"model_type is {shown(model_type)}, expected one that transformers knows")
     # config classes change the values that they are given
     config_class = CONFIG_MAPPING[model_type]
-    return config_class.from_dict(copy.deepcopy(without_quantization(values)))
+    with warnings.catch_warnings():
+        # of keys in an older spelling, which published configs have
+        warnings.simplefilter("ignore", FutureWarning)
+        return config_class.from_dict(copy.deepcopy(without_quantization(values)))
 
 
 def check_with_transformers(model: MoeModel) -> None:
