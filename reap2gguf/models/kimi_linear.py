@@ -16,7 +16,13 @@ from gguf import Keys
 
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
-from reap2gguf.models.description import MAX_WIDTH, GgufTensor, HeadMatrices, Transform
+from reap2gguf.models.description import (
+    MAX_VOCABULARY,
+    MAX_WIDTH,
+    GgufTensor,
+    HeadMatrices,
+    Transform,
+)
 from reap2gguf.models.experts import ExpertLayout
 from reap2gguf.models.facts import CONTEXT_KEY, FACT_KEYS, USED_KEY, read_epsilon, read_n_layers
 from reap2gguf.models.from_gguf import headless_config, kv_heads_by_layer
@@ -61,6 +67,7 @@ if TYPE_CHECKING:
     from reap2gguf.models.gguf_keys import GgufKeys
 
 _MOE, _MODULE = "block_sparse_moe.", "mlp."
+_PADDING = 163_839  # transformers' token of an absent `pad_token_id`
 _DENSE_KEY = "first_k_dense_replace"
 # the published spelling, and that of other families, which transformers reads as the same
 _SHARED_KEYS = ("num_shared_experts", "n_shared_experts")
@@ -124,8 +131,8 @@ class KimiLinear(DecoderModel):
             )
         if self.kda.n_heads != self.heads.n_heads:
             raise UnsupportedModelError(
-                f"{read.where}: linear attention has {self.kda.n_heads} heads (linear_num_heads, or "
-                f"num_heads in {SECTION}), expected num_attention_heads, {self.heads.n_heads}: "
+                f"{read.where}: linear attention has {self.kda.n_heads} heads (linear_num_heads, "
+                f"or num_heads in {SECTION}), expected num_attention_heads, {self.heads.n_heads}: "
                 f"llama.cpp's {self.gguf_arch} has one number of heads"
             )
         facts = self.common_facts(moe)
@@ -147,6 +154,13 @@ class KimiLinear(DecoderModel):
                 "transformers chooses the architecture by it"
             )
         self.refuse_common()
+        if "pad_token_id" not in read.values:
+            vocab = read.integer("vocab_size", low=1, high=MAX_VOCABULARY)
+            if vocab <= _PADDING:
+                raise UnsupportedModelError(
+                    f"{read.where}: pad_token_id is missing, and transformers' default {_PADDING} "
+                    f"is beyond the vocabulary of {vocab}; state it, or null"
+                )
         for spellings in _SPELLINGS:
             read.refuse_spellings(spellings)
         for key in _SPELLINGS[2]:
@@ -265,6 +279,7 @@ class KimiLinear(DecoderModel):
             "num_experts_per_token": config[USED_KEY],
             "model_max_length": config[CONTEXT_KEY],
             "num_key_value_heads": config["num_attention_heads"],
+            "pad_token_id": None,
             **({"head_dim": head_dim} if head_dim else {}),
             SECTION: kda_config(keys, has_attention),
             **sizes_from_gguf(keys),

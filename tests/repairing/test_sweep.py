@@ -21,7 +21,17 @@ from reap2gguf.repairing.gram import WAYS
 from reap2gguf.repairing.limits import LEAST_ROWS, repaired_layers
 from reap2gguf.repairing.record import RepairFolder
 from reap2gguf.repairing.view import RepairedView
-from tests.families import deepseek, glm, granite, lfm2, mixtral, olmoe, qwen2, qwen3_next
+from tests.families import (
+    deepseek,
+    glm,
+    granite,
+    kimi_linear,
+    lfm2,
+    mixtral,
+    olmoe,
+    qwen2,
+    qwen3_next,
+)
 from tests.repairing.repairs import CPU, files, pruned_view, repaired, rows_of, values
 from tests.repairing.witness import Expected, calls, expected_repair, targets
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
@@ -43,7 +53,7 @@ def first_of(module: Any) -> dict[str, Any]:
     }
 
 
-for family in (deepseek, glm, granite, lfm2, mixtral, olmoe, qwen2, qwen3_next):
+for family in (deepseek, glm, granite, kimi_linear, lfm2, mixtral, olmoe, qwen2, qwen3_next):
     MODELS |= first_of(family)
 
 
