@@ -41,6 +41,7 @@ from reap2gguf.models.mla import (
     KV_B,
     LATENT_EPSILON,
     MOST_EPSILON,
+    ONE_HEAD,
     read_heads,
     sizes_from_gguf,
     without_whole,
@@ -267,7 +268,11 @@ class KimiLinear(DecoderModel):
     @classmethod
     def config_from_gguf(cls, keys: GgufKeys) -> dict[str, Any]:
         config = headless_config(keys, Scores.SIGMOID)
-        has_attention, _ = kv_heads_by_layer(keys)
+        has_attention, n_kv_heads = kv_heads_by_layer(keys)
+        if n_kv_heads != 1:
+            raise UnsupportedModelError(
+                f"{keys.where}: {n_kv_heads} heads of keys and values, expected 1: {ONE_HEAD}"
+            )
         n_layers, llm, attention = config["num_hidden_layers"], Keys.LLM, Keys.Attention
         keys.expect(llm.EXPERT_GROUP_COUNT, 0, 1, why="there are no groups of experts here")
         keys.expect(attention.Q_LORA_RANK, 0, why="queries are one product")

@@ -83,6 +83,8 @@ class TokenizerFamily:
         space_prefix: Whether a header repeats `add_prefix_space` of tokenizer_config.json, as
             llama.cpp's converter does for Llama and what it derives from it.
         sentencepiece: Whether they may also be SentencePiece models, which split no text.
+        end_by_name: Whether the end of a text is the `eos_token` of tokenizer_config.json, and not
+            the id in config.json, where the vocabulary is a file of ranks.
     """
 
     pre_tokenizers: PreTokenizers
@@ -91,6 +93,7 @@ class TokenizerFamily:
     prefix: tuple[str, ...] = ()
     space_prefix: bool = False
     sentencepiece: bool = False
+    end_by_name: bool = False
 
 
 QWEN = TokenizerFamily(QWEN_PRE_TOKENIZERS)
@@ -117,7 +120,7 @@ _FAMILIES: Mapping[str, TokenizerFamily] = {
     "lfm2_moe": TokenizerFamily({LLAMA3_STEPS: "lfm2"}),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
-    "kimi_linear": TokenizerFamily({KIMI_STEPS: "kimi-k2"}),
+    "kimi_linear": TokenizerFamily({KIMI_STEPS: "kimi-k2"}, end_by_name=True),
     "olmoe": TokenizerFamily({(GPT2_PATTERN,): "olmo"}),
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,
