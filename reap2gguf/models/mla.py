@@ -25,7 +25,7 @@ from reap2gguf.models.description import (
     Slab,
     missing,
 )
-from reap2gguf.models.rope import Rope, read_rope
+from reap2gguf.models.rope import NOTHING, Rope, read_rope
 from reap2gguf.models.rules import TensorRule
 
 if TYPE_CHECKING:
@@ -174,13 +174,15 @@ class LatentRope(Rope):
         return found
 
 
-def read_latent_rope(read: ConfigReader, arch: str) -> LatentRope:
+def read_latent_rope(
+    read: ConfigReader, arch: str, unread: Mapping[str, float] = NOTHING
+) -> LatentRope:
     """The rotary embedding of a latent attention, which llama.cpp computes as `arch`.
 
-    Raises UnsupportedModelError for a scaling that llama.cpp computes otherwise: it scales whole
-    heads where transformers scales what is rotated.
+    `unread`: as `read_rope` has it. Raises UnsupportedModelError for a scaling that llama.cpp
+    computes otherwise: it scales whole heads where transformers scales what is rotated.
     """
-    found = read_rope(read)
+    found = read_rope(read, unread=unread)
     values = found.values
     values.expect("partial_rotary_factor", 1, why=f"{arch} rotates all of qk_rope_head_dim")
     if found.kind == "linear":

@@ -50,6 +50,14 @@ get_model_class(architecture, mmproj=kind == "MOSTLY_F16")(
 """
 
 
+# What is recorded, by the name of its file: an architecture's first layout, and others that have
+# keys of their own.
+RECORDED: dict[str, tuple[str, str]] = {
+    **{architecture: (architecture, next(iter(LAYOUTS[architecture]))) for architecture in LAYOUTS},
+    "Kimi-K2": ("DeepseekV3ForCausalLM", "Kimi-K2"),
+}
+
+
 def contents(path: Path) -> dict[str, Any]:
     """Types, shapes and hashes of the tensors of a GGUF file, and its keys."""
     reader = GGUFReader(path)
@@ -88,6 +96,9 @@ def record(source: Path, architecture: str, layout: str) -> dict[str, Any]:
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = LAYOUTS[architecture][layout].write(Path(scratch) / "model")
+        config = folder / "config.json"
+        # of which it asks transformers, which knows the type by the model's own code only
+        config.write_text(config.read_text().replace('"kimi_k2"', '"deepseek_v3"'))
         kinds = KINDS | ({PROJECTOR: _PROJECTOR_KIND} if side_files(folder) else {})
         for kind, file_type in kinds.items():
             output = Path(scratch) / f"{kind}.gguf"
@@ -109,15 +120,14 @@ def convert(
 
 
 def main() -> None:
-    """Record the first layout of every architecture, or of those that are named."""
+    """Record the first layout of every architecture, or what is named."""
     source, *chosen = sys.argv[1:]
-    for architecture in chosen or LAYOUTS:
-        layout = next(iter(LAYOUTS[architecture]))
+    for name in chosen or RECORDED:
         try:
-            found = record(Path(source), architecture, layout)
+            found = record(Path(source), *RECORDED[name])
         except subprocess.CalledProcessError as error:
-            raise SystemExit(f"{architecture}: {error.stderr.decode()[-2000:]}") from error
-        path = FOLDER / f"{architecture}.json"
+            raise SystemExit(f"{name}: {error.stderr.decode()[-2000:]}") from error
+        path = FOLDER / f"{name}.json"
         parts = [("keys", found["F32"]["keys"])]
         parts += [(kind, one["tensors"]) for kind, one in found.items()]
         if PROJECTOR in found:

@@ -14,8 +14,8 @@ from reap2gguf.exporting.model_files import export_side
 from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
 from tests.exporting.files import export_files, plain
-from tests.models.converted import FOLDER, KINDS, PROJECTOR, contents, side_files
-from tests.models.layouts import FIRST, Case, every_family
+from tests.models.converted import FOLDER, KINDS, PROJECTOR, RECORDED, contents, side_files
+from tests.models.layouts import LAYOUTS, every_family
 
 # by architecture: keys that differ on purpose, each with the reason
 DIFFERENCES: dict[str, dict[str, str]] = {
@@ -25,19 +25,26 @@ DIFFERENCES: dict[str, dict[str, str]] = {
 }
 
 
-def recorded(architecture: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((FOLDER / f"{architecture}.json").read_text("utf-8"))
+def recorded(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
     return found
 
 
-def test_every_record_is_of_an_architecture() -> None:
-    assert {path.stem for path in FOLDER.glob("*.json")} == {case.architecture for case in FIRST}
+def write(name: str, folder: Path) -> Path:
+    """The checkpoint of a record."""
+    architecture, layout = RECORDED[name]
+    written: Path = LAYOUTS[architecture][layout].write(folder)
+    return written
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
-def test_keys_and_bytes(case: Case, tmp_path: Path) -> None:
-    theirs = recorded(case.architecture)
-    folder = case.tiny.write(tmp_path / "model")
+def test_every_record_is_of_a_layout() -> None:
+    assert {path.stem for path in FOLDER.glob("*.json")} == RECORDED.keys()
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_keys_and_bytes(name: str, tmp_path: Path) -> None:
+    theirs = recorded(name)
+    folder = write(name, tmp_path / "model")
     files = export_files(folder, tmp_path, map(plain, KINDS))
     for kind, path in files.items():
         ours = contents(path)
@@ -47,13 +54,13 @@ def test_keys_and_bytes(case: Case, tmp_path: Path) -> None:
             for key in ours["keys"].keys() | theirs["keys"].keys()
             if ours["keys"].get(key) != theirs["keys"].get(key)
         }
-        assert differ == DIFFERENCES.get(case.architecture, {}).keys()
+        assert differ == DIFFERENCES.get(RECORDED[name][0], {}).keys()
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
-def test_projectors(case: Case, tmp_path: Path) -> None:
-    theirs = recorded(case.architecture)
-    folder = case.tiny.write(tmp_path / "model")
+@pytest.mark.parametrize("name", RECORDED)
+def test_projectors(name: str, tmp_path: Path) -> None:
+    theirs = recorded(name)
+    folder = write(name, tmp_path / "model")
     files = side_files(folder)
     assert bool(files) is (PROJECTOR in theirs)
     for side in files:
