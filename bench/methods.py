@@ -46,6 +46,7 @@ from reap2gguf.pruning.methods import FROM_WEIGHTS, METHODS
 from reap2gguf.pruning.select import Kept, choose_target, keep_best, select_experts
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.weight_scores import weight_scores
+from reap2gguf.repairing.layer import RepairKind
 from reap2gguf.repairing.limits import repaired_layers
 from reap2gguf.repairing.record import RepairFolder
 from reap2gguf.repairing.sweep import repair
@@ -122,6 +123,7 @@ class Bench:
                     views[drop, method] = self.view(self.selected(seen, method, drop))
                 best = views[drop, SUM]
                 views[drop, f"{SUM}{REPAIRED}"] = self.repaired(best, rows, stack)
+                views[drop, f"{SUM}+scale"] = self.repaired(best, rows, stack, "scale")
                 name, views[drop, AUTO] = self.chosen(of_auto, split.seen, split.held, drop, stack)
                 found.chosen[drop] = name
             self.measure(views, found)
@@ -139,10 +141,16 @@ class Bench:
             return keep_best(scores, target, model.facts)
         return select_experts(seen, method, target, model.facts)
 
-    def repaired(self, view: PrunedView, rows: ObservationRows, stack: ExitStack) -> PrunedView:
+    def repaired(
+        self,
+        view: PrunedView,
+        rows: ObservationRows,
+        stack: ExitStack,
+        kind: RepairKind = "ridge",
+    ) -> PrunedView:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         files = RepairFolder(folder, "bench")
-        repair(view, rows.rows, "ridge", files, self.compute, Silent())
+        repair(view, rows.rows, kind, files, self.compute, Silent())
         stored = files.open(repaired_layers(view.model))
         stack.callback(stored.close)
         return RepairedView(view, stored)

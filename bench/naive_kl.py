@@ -4,7 +4,7 @@
 
 prunes MODEL, quantizes it to Q4_K_M, and evaluates source, pruned model and file as a user does.
 Then transformers loads each of them whole in float64, of the file the weights that `GgufWeights`
-reads (which are gguf-py's, bit for bit: tests/evaluating/test_gguf_weights.py), and perplexities
+reads (which are gguf-py's, bit for bit: tests/gguf_source/test_weights.py), and perplexities
 and mean KL divergences come from all logits. It is for small models.
 """
 
@@ -29,9 +29,9 @@ from reap2gguf.bundle.evaluation import Evaluation
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.evaluating import texts
-from reap2gguf.evaluating.gguf_weights import GgufWeights
 from reap2gguf.evaluating.options import EvaluateOptions
 from reap2gguf.gguf_files.reader import read_gguf_header
+from reap2gguf.gguf_source.weights import GgufWeights
 from reap2gguf.models.table import describe
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.tokenizer.tokenizer import Tokenizer

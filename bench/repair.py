@@ -32,7 +32,7 @@ from reap2gguf.models.table import describe
 from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import Task
 from reap2gguf.pruning.view import PrunedView
-from reap2gguf.repairing.gram import WAYS
+from reap2gguf.repairing.gram_size import WAYS
 from reap2gguf.repairing.record import RepairFolder
 from reap2gguf.repairing.sweep import repair
 from reap2gguf.terminal.option_types import read_size

@@ -28,6 +28,7 @@ _AHEAD_BYTES = 2**25  # that the disk reads while a block is hashed
 _ADVICE_BYTES = 2**17
 # of `struct statfs` (statfs(2)), which begins with the kind of the file system; with room to spare
 _STATFS_BYTES, _TMPFS = 512, 0x01021994
+_GGUF = b"GGUF"  # how a GGUF file begins
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 # a file in the folder of blobs that several repositories of the Hub's cache share
 _SHARED_MARK = ".huggingface-shared-blobs"
@@ -120,6 +121,17 @@ def _opened(path: Path, more_flags: int) -> BinaryIO:
         file.close()
         raise OSError(f"{words}, expected a file")
     return file
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is that of a GGUF file, by its name or its first bytes."""
+    if path.suffix.lower() == ".gguf":
+        return True
+    try:
+        with open_plain(path) as file:
+            return file.read(len(_GGUF)) == _GGUF
+    except OSError:
+        return False  # a pipe, or a file that nobody may read
 
 
 def is_plain(path: Path) -> bool:

@@ -147,6 +147,22 @@ COVERED_BY = [
         ("observing/readers.py",),
     ),
     (
+        "building/test_prune_gguf.py",
+        "the parts of a pruned file, compared with what pruned safetensors give",
+        (
+            "gguf_source/checking.py", "gguf_source/header.py", "gguf_source/slices.py",
+            "gguf_source/writing.py", "verifying/sliced.py",
+        ),
+    ),
+    (
+        "gguf_source/test_checkpoint.py",
+        "a file as a source: its names, its folder, its tokens, and observations of it",
+        (
+            "building/given_alike.py", "gguf_source/file.py", "gguf_source/folder.py",
+            "tokenizer/identity.py",
+        ),
+    ),
+    (
         "evaluating/test_engine.py",
         "variants of every kind are evaluated",
         ("evaluating/head_weights.py", "evaluating/run.py", "evaluating/variants.py"),

@@ -59,7 +59,8 @@ KIMI_K2 = V3 | {
     "model_type": "kimi_k2", "first_k_dense_replace": 1, "max_position_embeddings": 131072,
     "n_group": 1, "n_routed_experts": 384, "num_attention_heads": 64, "num_key_value_heads": 64,
     "num_nextn_predict_layers": 0,
-    "rope_scaling": V3["rope_scaling"] | {"beta_fast": 1.0, "factor": 32.0}, "rope_theta": 50000.0, "routed_scaling_factor": 2.827, "topk_group": 1, "vocab_size": 163840,
+    "rope_scaling": V3["rope_scaling"] | {"beta_fast": 1.0, "factor": 32.0}, "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.827, "topk_group": 1, "vocab_size": 163840,
 }  # fmt: skip
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.api.opening import PathLike, ProgressLike, to_progress
+from reap2gguf.errors import UsageError
 from reap2gguf.options import (
     DEVICES,
     AddOptions,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.needs.estimate import Estimate
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.stage import BuildResult
+    from reap2gguf.progress import Progress
     from reap2gguf.verifying.report import VerifyReport
 
 
@@ -180,7 +183,8 @@ def verify(
 ) -> VerifyReport:
     """Check a bundle, or a safetensors folder and GGUF files made from it.
 
-    With `source`, the MODEL that was pruned, the bundle is compared with it byte for byte. Types
+    GGUF files alone are compared with the GGUF file that they were pruned from, the `source`.
+    With `source`, the MODEL that was pruned, a bundle is compared with it byte for byte. Types
     that compiled kernels make quickly are quantized again and compared by bytes; with `exact` all
     types must have the bytes that are made again, which takes as long as the export did. `device`
     is auto, cpu or cuda; auto quantizes on a GPU for much work only. The report lists what is
@@ -198,5 +202,23 @@ def verify(
         return verify_paths(given, n_threads, shown, Strictness(exact, device=device))
     from reap2gguf.verifying.against_source import open_source
 
+    if not any(path.is_dir() for path in given):
+        return _verify_files(given, str(source), shown)
     with open_source(str(source), shown) as opened:
         return verify_paths(given, n_threads, shown, Strictness(exact, opened, device=device))
+
+
+def _verify_files(paths: Sequence[Path], source: str, progress: Progress) -> VerifyReport:
+    """Compare GGUF files with the GGUF file that they were pruned from."""
+    from reap2gguf.gguf_source.checkpoint import GgufCheckpoint
+    from reap2gguf.hub.opened import open_model
+    from reap2gguf.verifying.sliced import verify_sliced
+
+    with open_model(source, progress) as opened:
+        if not isinstance(opened.checkpoint, GgufCheckpoint):
+            raise UsageError(
+                f"{source}: is no GGUF file, and GGUF files alone are compared with the one that "
+                "they were pruned from; pass a bundle folder, or a safetensors folder and its GGUF "
+                "files"
+            )
+        return verify_sliced(paths, opened.checkpoint, progress)

@@ -47,9 +47,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PruneResult:
-    """A pruned safetensors folder, and which experts it keeps."""
+    """What was pruned, and which experts it keeps."""
 
-    folder: Path
+    folder: Path  # of safetensors; of a GGUF model, the file or its first part
     selection: Selection
 
 
@@ -167,6 +167,8 @@ def prune(
 ) -> PruneResult:
     """Write MODEL without the experts that matter least, as a verified safetensors folder.
 
+    Of a GGUF file, `output` is a GGUF file too, of as many parts: the blocks of the experts that
+    stay, byte for byte. An interrupted call resumes from the tensor that `OUTPUT.journal` holds.
     Quantized weights stay as they are stored, unless `dequantize` is "bf16". `observations` is None
     for methods that rank experts by their weights alone, and with `kept`. A repair, "ridge" or
     "scale", fits the kept experts on the calibration text, and `compute` says where; an interrupted
@@ -183,7 +185,11 @@ def prune(
     options = given_or_new("calibration", calibration, CalibrationOptions)
     compute = given_or_new("compute", compute, ComputeOptions)
     with open_named(model, shown, mtp == "prune", follow_links) as opened:
-        if output.exists():
+        if opened.checkpoint.gguf is not None:
+            from reap2gguf.building.prune_gguf import check_output
+
+            check_output(output, repair, dequantize)
+        elif output.exists():
             raise OutputError(f"{output}: exists already; pass another output or move it away")
         selection = chosen(opened, observations, wanted, shown)
         for line in selection.notes:
@@ -196,7 +202,11 @@ def prune(
             checkpoint = checkpoint.dequantized()
         pruned = PrunedView(checkpoint, source, selection.kept)
         where = output, shown, opened.source.label, selection.protected
-        if repair == "none":
+        if checkpoint.gguf is not None:
+            from reap2gguf.building.prune_gguf import prune_to_gguf
+
+            output = prune_to_gguf(opened, pruned, selection.method, output, shown)
+        elif repair == "none":
             prune_to_folder(checkpoint, source, pruned, selection.method, *where)
         else:
             with repaired_model(opened, pruned, output, (repair, options, compute), shown) as made:

@@ -85,6 +85,8 @@ class Observations:
     n_mtp_tokens: int = 0  # next-next tokens that it was asked for, on some of the rows
     made_with: Mapping[str, str] = field(default_factory=dict)  # versions of what computed it
     imatrix: ObservedSums | None = None  # of all experts, on the same rows, if it was asked for
+    architecture: str = ""  # general.architecture; empty in files of earlier versions
+    tokens_sha256: str = ""  # of the text of its tokens (`tokenizer/identity.py`); or empty
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all. Raises OutputError if the disk refuses."""
@@ -93,6 +95,7 @@ class Observations:
         is_complete = all(seen.is_complete for seen in self.layers.values())
         version = FORMAT_VERSION if is_complete else _OLD_VERSION
         metadata = {name: str(getattr(self, name)) for name in _METADATA} | said
+        metadata |= {name: value for name in _ADDED if (value := getattr(self, name))}
         metadata[MADE_WITH] = encode(self.made_with)
         write_arrays(path, arrays, metadata | {"format_version": version})
 
@@ -116,6 +119,7 @@ class Observations:
         try:
             numbers = {name: _whole_number(name, metadata[name]) for name in _NUMBERS}
             words = {name: metadata[name] for name in _METADATA if name not in _NUMBERS}
+            words |= {name: metadata.get(name, "") for name in _ADDED}
             made_with = decode(metadata.get(MADE_WITH, "{}"))
         except (KeyError, ValueError) as error:
             raise ArtifactError(f"{path}: its metadata is incomplete ({error})") from error
@@ -139,8 +143,11 @@ _PARTS = {
     _OLD_VERSION: tuple(part.name for part in fields(LayerObservation) if part.default is MISSING),
     FORMAT_VERSION: tuple(part.name for part in fields(LayerObservation)),
 }
+_ADDED = ("architecture", "tokens_sha256")  # which files of earlier versions do not have
 _METADATA = [
-    entry.name for entry in fields(Observations) if entry.name not in ("layers", MADE_WITH, IMATRIX)
+    entry.name
+    for entry in fields(Observations)
+    if entry.name not in ("layers", MADE_WITH, IMATRIX, *_ADDED)
 ]
 _NUMBERS = [name for name in _METADATA if name.startswith("n_")]
 

@@ -54,6 +54,8 @@ def merge_observed(given: Sequence[tuple[str, Observations]]) -> Observations:
         n_mtp_tokens=sum(one.n_mtp_tokens for one in seen),
         made_with=_versions([one.made_with for one in seen]),
         imatrix=_added_sums(given),
+        architecture=_said_by_all([one.architecture for one in seen]),
+        tokens_sha256=_said_by_all([one.tokens_sha256 for one in seen]),
     )
 
 
@@ -134,6 +136,11 @@ def _added_sums(given: Sequence[tuple[str, Observations]]) -> ObservedSums | Non
 def _is_finite(layer: LayerObservation) -> bool:
     arrays = [getattr(layer, part.name) for part in fields(layer)]
     return all(np.isfinite(array).all() for array in arrays if array is not None)
+
+
+def _said_by_all(values: Sequence[str]) -> str:
+    """What all say; empty if they do not say the same."""
+    return values[0] if len(set(values)) == 1 else ""
 
 
 def _label(calibrations: Iterable[str]) -> str:

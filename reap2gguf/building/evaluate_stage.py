@@ -15,12 +15,12 @@ from reap2gguf.building.keys import EVALUATE_FORMAT, stage_key
 from reap2gguf.building.needs.scoring import CHUNK
 from reap2gguf.building.stage import Run, Stage
 from reap2gguf.bundle.evaluation import EVALUATION_FILE, Evaluation
-from reap2gguf.evaluating.gguf_weights import GgufWeights
 from reap2gguf.evaluating.measure import evaluation_of_scores
 from reap2gguf.evaluating.opening import pairs_of
 from reap2gguf.evaluating.texts import HELD_OUT, EvaluationText, cut_text, read_text
 from reap2gguf.evaluating.variants import Variant
 from reap2gguf.gguf_files.reader import read_gguf_header
+from reap2gguf.gguf_source.weights import GgufWeights
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

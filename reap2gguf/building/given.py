@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.artifacts.observations import Observations
+from reap2gguf.building.given_alike import check_alike
 from reap2gguf.bundle.layout import OBSERVATIONS_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry, load_imatrix
 from reap2gguf.gguf_files.imatrix_coverage import ImatrixCoverage, coverage, shapes_of
 from reap2gguf.gguf_files.imatrix_fit import cut, fit, n_experts_in, n_experts_of, with_experts
+from reap2gguf.gguf_source.checkpoint import GgufCheckpoint
 from reap2gguf.messages import one_line, shown
 from reap2gguf.pruning.methods import FROM_WEIGHTS, is_from_weights
 from reap2gguf.pruning.select import select_experts
@@ -121,9 +123,14 @@ def check_needs_observations(method: str, given: object | None) -> None:
 
 
 def check_same_model(seen: Observations, checkpoint: Checkpoint, where: str) -> None:
-    """Raises ArtifactError unless observations were made on this checkpoint."""
+    """Raises ArtifactError unless observations were made on this checkpoint.
+
+    For a GGUF file, also on what it was made from, as far as they tell.
+    """
     found, expected = seen.model_fingerprint, checkpoint.fingerprint()
-    if found != expected:
+    if found != expected and isinstance(checkpoint, GgufCheckpoint):
+        check_alike(seen, checkpoint, where)
+    elif found != expected:
         raise ArtifactError(
             f"{where}: the observations are of another checkpoint (fingerprint "
             f"{shown(found[:12])}) than {checkpoint.folder} ({expected[:12]!r}); a download from "

@@ -18,6 +18,7 @@ from reap2gguf.pruning.methods import RECORDED
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.checkpoint import Checkpoint
+    from reap2gguf.gguf_files.reader import GgufHeader
     from reap2gguf.hub.retry import Note
     from reap2gguf.models.description import ModelFacts
     from reap2gguf.pruning.select import Kept
@@ -50,6 +51,8 @@ def read_history(checkpoint: Checkpoint, facts: ModelFacts, note: Note) -> Histo
 
     A manifest that is broken or does not fit the checkpoint is reported to `note` and ignored.
     """
+    if checkpoint.gguf is not None:
+        return _history_in(checkpoint.gguf, facts, note)
     path = checkpoint.folder / MANIFEST_FILE
     if not path.is_file():
         return None
@@ -92,6 +95,39 @@ def _history(manifest: Manifest, checkpoint: Checkpoint, facts: ModelFacts) -> H
     _check(history, methods, facts)
     experts = {layer: history.experts[layer] for layer in facts.moe_layers}
     return History(history.label, history.revision, history.n_experts, methods, experts)
+
+
+def _history_in(header: GgufHeader, facts: ModelFacts, note: Note) -> History | None:
+    """What the keys of a GGUF file of this program say, of the original where there was one."""
+    keys = header.metadata
+    methods = () if (method := keys.get("reap2gguf.method")) is None else (method,)
+    prefix = "reap2gguf.original." if "reap2gguf.original.source" in keys else "reap2gguf."
+    count_key = "source_expert_count" if prefix == "reap2gguf." else "expert_count"
+    label, n_experts = keys.get(f"{prefix}source"), keys.get(f"{prefix}{count_key}")
+    flat = keys.get(f"{prefix}kept_experts")
+    if flat is None:
+        return None
+    try:
+        if not isinstance(label, str) or type(n_experts) is not int or not isinstance(flat, list):
+            raise ValueError("its keys are incomplete")
+        each = facts.n_experts
+        if len(flat) != each * len(facts.moe_layers) or not all(type(one) is int for one in flat):
+            raise ValueError(f"it names {len(flat)} kept experts")
+        experts = {
+            layer: tuple(flat[at * each : (at + 1) * each])
+            for at, layer in enumerate(facts.moe_layers)
+        }
+        if min(flat) < 0 or max(flat) >= n_experts:
+            raise ValueError("it names experts that the original did not have")
+        history = History(label, None, n_experts, methods, experts)
+        _check(history, methods, facts)
+    except ValueError as error:
+        note(
+            f"{header.path}: its reap2gguf.* keys do not fit it ({error}); an earlier pruning is "
+            "not recorded"
+        )
+        return None
+    return history
 
 
 def _check(history: History, methods: Sequence[str], facts: ModelFacts) -> None:

@@ -9,10 +9,6 @@ from reap2gguf.errors import CheckpointError
 from reap2gguf.messages import shown
 
 ADAPTER_CONFIG = "adapter_config.json"
-NO_GGUF = (
-    "a GGUF file cannot be pruned: its weights are quantized; pass the safetensors checkpoint that "
-    "it was made from"
-)
 
 
 def what_to_pass(folder: Path) -> str:
@@ -23,7 +19,7 @@ def what_to_pass(folder: Path) -> str:
             "(PEFT's merge_and_unload, then save_pretrained) and pass the merged folder"
         )
     if any(folder.glob("*.gguf")):
-        return f"it holds GGUF files, and {NO_GGUF}"
+        return "it holds GGUF files; pass one of them, of several parts the first"
     if (folder / "snapshots").is_dir():
         return (
             "this is a model's folder in the Hub's cache; pass owner/name, or the folder of a "

@@ -16,11 +16,11 @@ import numpy as np
 
 from reap2gguf.comparing.compared import ModelComparison, compared
 from reap2gguf.errors import ArtifactError, CheckpointError, Reap2ggufError, UsageError
-from reap2gguf.evaluating.gguf_weights import GgufWeights
 from reap2gguf.evaluating.measure import evaluation_of_scores
 from reap2gguf.evaluating.scoring import Scorer
 from reap2gguf.evaluating.texts import EvaluationText, cut_text, fitting_chunk, read_text
 from reap2gguf.evaluating.variants import Variant
+from reap2gguf.gguf_source.weights import GgufWeights
 from reap2gguf.hub.gguf_file import HubGgufHeader
 from reap2gguf.messages import shown
 from reap2gguf.tokenizer.from_gguf import header_tokens, write_tokenizer
@@ -150,9 +150,8 @@ def _tokens(one: Opened) -> list[str]:
     assert one.model is not None
     folder = one.checkpoint.folder
     vocab_size = one.model.facts.vocab_size
-    return read_vocabulary(
-        read_tokenizer_json(folder), vocab_size, folder / "tokenizer.json"
-    ).tokens
+    tokenizer, where = read_tokenizer_json(folder), folder / "tokenizer.json"
+    return read_vocabulary(tokenizer, vocab_size, where, may_overlap=True).tokens
 
 
 def _other_tokens(one: Opened, expected: list[str], used: list[int], reference: str) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.errors import EvaluationError, UsageError
-from reap2gguf.evaluating.gguf_weights import GgufWeights
 from reap2gguf.evaluating.variants import Variant
 from reap2gguf.gguf_files.split import read_whole_header
+from reap2gguf.gguf_source.weights import GgufWeights
 from reap2gguf.hub.opened import open_model
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _NUMBER_KEY = Keys.Split.LLM_KV_SPLIT_NO
 _COUNT_KEY = Keys.Split.LLM_KV_SPLIT_COUNT
-_TENSORS_KEY = Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT
+TENSORS_KEY = Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT
 _MAX_PARTS = 2**16 - 1  # split.count has sixteen bits
 _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _READ_BYTES = 2**21
@@ -154,7 +154,7 @@ def _join(
         split_keys = {
             _NUMBER_KEY: number,
             _COUNT_KEY: len(paths),
-            _TENSORS_KEY: first.metadata.get(_TENSORS_KEY),
+            TENSORS_KEY: first.metadata.get(TENSORS_KEY),
         }
         for key, expected in split_keys.items():
             if part.metadata.get(key) != expected:
@@ -164,9 +164,9 @@ def _join(
             raise ArtifactError(f"{path}: holds {shown(twice[0])}, which another part holds too")
         tensors |= part.tensors
         parts.append(part)
-    if (total := first.metadata.get(_TENSORS_KEY)) != len(tensors):
+    if (total := first.metadata.get(TENSORS_KEY)) != len(tensors):
         raise ArtifactError(
-            f"{first.path}: {_TENSORS_KEY} is {shown(total)}, its parts hold {len(tensors):,}"
+            f"{first.path}: {TENSORS_KEY} is {shown(total)}, its parts hold {len(tensors):,}"
         )
     own_keys = {key: value for key, value in first.metadata.items() if not key.startswith("split.")}
     return SplitHeader(
@@ -207,7 +207,7 @@ class SplitPlan:
         n_own_keys = 0 if part.number else len(self.header.metadata)
         split_keys = (
             encode_key(_NUMBER_KEY, GGUFValueType.UINT16, part.number),
-            encode_key(_TENSORS_KEY, GGUFValueType.INT32, len(self.header.tensors)),
+            encode_key(TENSORS_KEY, GGUFValueType.INT32, len(self.header.tensors)),
             encode_key(_COUNT_KEY, GGUFValueType.UINT16, part.count),
         )
         start = encode_start(len(part.tensors), n_own_keys + len(split_keys))

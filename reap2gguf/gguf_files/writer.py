@@ -59,7 +59,7 @@ def encode_start(n_tensors: int, n_keys: int) -> bytes:
 def encode_key(name: str, value_type: GGUFValueType, value: float) -> bytes:
     """A key with a number as its value."""
     packed = struct.pack(SCALAR_LAYOUTS[value_type], value)
-    return _encode_string(name) + struct.pack("<I", value_type) + packed
+    return encode_string(name) + struct.pack("<I", value_type) + packed
 
 
 def encode_tensor_info(info: GgufTensorInfo, offset: int) -> bytes:
@@ -67,9 +67,10 @@ def encode_tensor_info(info: GgufTensorInfo, offset: int) -> bytes:
     sizes = tuple(reversed(info.shape))  # GGUF has the fastest axis first
     layout = f"<I{len(sizes)}QIQ"
     packed = struct.pack(layout, len(sizes), *sizes, info.tensor_type, offset)
-    return _encode_string(info.name) + packed
+    return encode_string(info.name) + packed
 
 
-def _encode_string(text: str) -> bytes:
+def encode_string(text: str) -> bytes:
+    """A string with its length before it."""
     raw = text.encode("utf-8")
     return struct.pack("<Q", len(raw)) + raw

@@ -85,6 +85,7 @@ class HubBlocks:
 
     def __init__(self, ranges: HubRanges, file: HubFile) -> None:
         self.file = file
+        self.commit = ranges.commit
         self._ranges = ranges
         self._lock = threading.Lock()
         self._slots = threading.Semaphore(_MOST_REQUESTS)

@@ -9,9 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.checkpoint.mistaken import NO_GGUF
 from reap2gguf.errors import SourceError
-from reap2gguf.files import open_plain
 from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.shards import HubShards
 from reap2gguf.hub.snapshot import Snapshot, find
@@ -24,7 +22,6 @@ _PAGE = re.compile(r"([a-z][a-z0-9+.-]*)://([^/?#]+)(/[^?#]*)?([?#].*)?", re.IGN
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 _OTHER_PAGES = ("datasets", "spaces", "collections", "papers", "docs", "blog", "api")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_GGUF = b"GGUF"  # how a GGUF file begins
 
 
 @dataclass(frozen=True)
@@ -61,6 +58,12 @@ class Source:
         if self.snapshot is not None:
             self.snapshot.complete(note)
 
+    def make_tokenizer(self) -> None:
+        """Put the tokenizer into the folder, where that was not done before.
+
+        Raises UnsupportedModelError or ArtifactError if there is none that can be read.
+        """
+
     @property
     def later_bytes(self) -> int:
         """Bytes of small files that `complete` will fetch."""
@@ -85,7 +88,7 @@ def resolve_source(
         label, revision = _name_of(folder.resolve())
         return Source(label, folder, revision, follow_links=follow_links)
     if model and os.path.exists(folder):
-        advice = NO_GGUF if _is_gguf(folder) else "pass the folder that holds config.json"
+        advice = "pass the folder that holds config.json, or a GGUF file"
         raise SourceError(f"{model}: is a file; {advice}")
     model = hub_name(model)
     if not _HUB_NAME.fullmatch(model) or model.startswith((".", "/", "~")):
@@ -144,14 +147,3 @@ def _name_of(folder: Path) -> tuple[str, str | None]:
         return folder.name, None
     owner, name = repository.groups()
     return f"{owner}/{name}" if owner else name, folder.name
-
-
-def _is_gguf(path: Path) -> bool:
-    """Whether a path is that of a GGUF file, by its name or its first bytes."""
-    if path.suffix.lower() == ".gguf":
-        return True
-    try:
-        with open_plain(path) as file:
-            return file.read(len(_GGUF)) == _GGUF
-    except OSError:
-        return False  # a pipe, or a file that nobody may read

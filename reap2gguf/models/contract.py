@@ -173,6 +173,10 @@ class MoeModel(ABC):
         """
         return {}
 
+    def is_computed_in_f32(self, layer: int, name: str) -> bool:
+        """Whether a tensor stored below `block_prefix` is float32 whatever its module's type is."""
+        return False
+
     @abstractmethod
     def experts_path(self, layer: int) -> str:
         """Path of the experts within that module."""

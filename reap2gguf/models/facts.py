@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 # how configs of any architecture spell their number of routed experts
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 WIDTH_KEY = "moe_intermediate_size"  # most configs' name of an expert's width
-USED_KEY = "num_experts_per_tok"  # and of how many experts a token goes through
+CHOSEN_KEY = "num_experts_per_tok"  # and of the number of experts that a token goes through
 CONTEXT_KEY = "max_position_embeddings"  # and of the longest context
 DTYPE_KEYS = ("dtype", "torch_dtype")
+_NO_OTHERS: Mapping[str, Sequence[str]] = {}
 # what decides weights or logits in every family, and may not be null
 FACT_KEYS = (
     "vocab_size",
@@ -37,7 +38,7 @@ FACT_KEYS = (
     "rms_norm_eps",
     "attention_bias",
     WIDTH_KEY,
-    USED_KEY,
+    CHOSEN_KEY,
 )
 # the same, where null is the same as absent
 OPTIONAL_KEYS = (
@@ -66,17 +67,17 @@ def read_facts(
     count_keys: Sequence[str],
     defaults: Mapping[str, int],
     width_key: str = WIDTH_KEY,
-    used_keys: Sequence[str] = (USED_KEY,),
-    context_keys: Sequence[str] = (CONTEXT_KEY,),
+    chosen_key: str = CHOSEN_KEY,
+    spellings: Mapping[str, Sequence[str]] = _NO_OTHERS,
     **decided: Any,
 ) -> ModelFacts:
     """The facts that a text model's config states, and those that are `decided` elsewhere.
 
     `count_keys` are spellings of the number of experts, `defaults` transformers' values of absent
-    keys, `width_key` names an expert's width; `used_keys` are spellings of the number of experts
-    of a token, `context_keys` of the longest context. Raises UnsupportedModelError for numbers out
-    of range.
+    keys, `width_key` names an expert's width, `chosen_key` the experts per token; `spellings` are
+    others of that key and of the context's. Raises UnsupportedModelError for numbers out of range.
     """
+    chosen, context = ((*spellings.get(k, ()), k) for k in (chosen_key, CONTEXT_KEY))
     n_experts = read.integer(*count_keys, low=2, high=MAX_EXPERTS)
     hidden = read.integer("hidden_size", low=1, high=MAX_WIDTH)
     n_heads = read.integer("num_attention_heads", low=1, high=MAX_HEADS)
@@ -87,12 +88,12 @@ def read_facts(
         hidden_size=hidden,
         expert_width=read.integer(width_key, low=1, high=MAX_WIDTH),
         n_experts=n_experts,
-        experts_per_token=read.integer(*used_keys, low=1, high=n_experts),
+        experts_per_token=read.integer(*chosen, low=1, high=n_experts),
         n_heads=n_heads,
         n_kv_heads=read.integer("num_key_value_heads", low=1, high=MAX_HEADS, default=n_kv_heads),
         head_dim=read.integer("head_dim", low=1, high=MAX_WIDTH, default=head_dim),
         vocab_size=read.integer("vocab_size", low=1, high=MAX_VOCABULARY),
-        context_length=read.integer(*context_keys, low=1),
+        context_length=read.integer(*context, low=1),
         **decided,
     )
 
@@ -102,7 +103,7 @@ def config_values(facts: ModelFacts) -> dict[str, Any]:
     return {
         "num_hidden_layers": facts.n_layers,
         "hidden_size": facts.hidden_size,
-        USED_KEY: facts.experts_per_token,
+        CHOSEN_KEY: facts.experts_per_token,
         "num_attention_heads": facts.n_heads,
         "num_key_value_heads": facts.n_kv_heads,
         "head_dim": facts.head_dim,

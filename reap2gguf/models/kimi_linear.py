@@ -24,7 +24,7 @@ from reap2gguf.models.description import (
     Transform,
 )
 from reap2gguf.models.experts import ExpertLayout
-from reap2gguf.models.facts import CONTEXT_KEY, FACT_KEYS, USED_KEY, read_epsilon, read_n_layers
+from reap2gguf.models.facts import CHOSEN_KEY, CONTEXT_KEY, FACT_KEYS, read_epsilon, read_n_layers
 from reap2gguf.models.from_gguf import headless_config, kv_heads_by_layer
 from reap2gguf.models.kda import (
     FLAT_KEYS,
@@ -73,7 +73,7 @@ _DENSE_KEY = "first_k_dense_replace"
 # the published spelling, and that of other families, which transformers reads as the same
 _SHARED_KEYS = ("num_shared_experts", "n_shared_experts")
 _SPELLINGS = (
-    ("num_experts_per_token", USED_KEY),
+    ("num_experts_per_token", CHOSEN_KEY),
     ("model_max_length", CONTEXT_KEY),
     ("moe_renormalize", "norm_topk_prob"),
     ("num_expert_group", "n_group"),
@@ -98,8 +98,9 @@ class KimiLinear(DecoderModel):
     gguf_arch: ClassVar[str] = "kimi-linear"
     outer = (HEAD, EMBEDDING, NORM)
     experts = ExpertLayout(path=f"{_MOE}experts", gate="w1", up="w3", down="w2")
-    used_keys = _SPELLINGS[0]
-    context_keys = _SPELLINGS[1]
+    spellings: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        ours: (published,) for published, ours in _SPELLINGS[:2]
+    }
     epsilon = ("rms_norm_eps", 1e-5)
     fact_keys = (
         *FACT_KEYS,
@@ -280,8 +281,8 @@ class KimiLinear(DecoderModel):
         return {
             "architectures": ["KimiLinearForCausalLM"],
             "model_type": cls.model_type,
-            **{key: value for key, value in config.items() if key not in (USED_KEY, CONTEXT_KEY)},
-            "num_experts_per_token": config[USED_KEY],
+            **{key: value for key, value in config.items() if key not in (CHOSEN_KEY, CONTEXT_KEY)},
+            "num_experts_per_token": config[CHOSEN_KEY],
             "model_max_length": config[CONTEXT_KEY],
             "num_key_value_heads": config["num_attention_heads"],
             "pad_token_id": None,

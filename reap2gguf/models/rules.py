@@ -31,6 +31,7 @@ class TensorRule:
     parameter: str = ""
     input_of: str = ""  # the module whose input this matrix multiplies too
     always_f32: bool = False
+    computed_in_f32: bool = False  # whatever the type of transformers' module, which would round it
     # of an MTP block: what of the model's it has its own of; such a rule holds where it is stored
     replaces: Literal["", "embedding", "head"] = ""
 

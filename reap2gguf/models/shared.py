@@ -32,10 +32,9 @@ from reap2gguf.models.description import (
 )
 from reap2gguf.models.experts import INDEX, ExpertLayout
 from reap2gguf.models.facts import (
-    CONTEXT_KEY,
+    CHOSEN_KEY,
     COUNT_KEYS,
     FACT_KEYS,
-    USED_KEY,
     WIDTH_KEY,
     config_values,
     read_epsilon,
@@ -77,8 +76,8 @@ class DecoderModel(MoeModel):
     mtp: ClassVar[MtpLayout | None] = None
     count_keys: ClassVar[tuple[str, ...]] = ("num_experts", "num_local_experts")
     width_key: ClassVar[str] = WIDTH_KEY  # the config's name of an expert's width
-    used_keys: ClassVar[tuple[str, ...]] = (USED_KEY,)  # of how many experts a token has
-    context_keys: ClassVar[tuple[str, ...]] = (CONTEXT_KEY,)
+    chosen_key: ClassVar[str] = CHOSEN_KEY  # and of the number of experts per token
+    spellings: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # others of that and of the context's
     fact_keys: ClassVar[tuple[str, ...]] = FACT_KEYS  # may not be null, and have one value
     # transformers' values of absent keys, where they are not those of most families
     defaults: ClassVar[Mapping[str, int]] = {}
@@ -170,8 +169,8 @@ class DecoderModel(MoeModel):
             self.count_keys,
             self.defaults,
             self.width_key,
-            self.used_keys,
-            self.context_keys,
+            self.chosen_key,
+            self.spellings,
             architecture=str(self.config["architectures"][0]),
             gguf_arch=self.gguf_arch,
             moe_layers=tuple(moe_layers),
@@ -392,6 +391,10 @@ class DecoderModel(MoeModel):
         for rule in self._all_rules[layer]:
             found.setdefault(rule.in_module, {})[rule.stored] = None
         return {module: tuple(stored) for module, stored in found.items() if len(stored) > 1}
+
+    def is_computed_in_f32(self, layer: int, name: str) -> bool:
+        rule = self._in_blocks[layer].get(name)
+        return rule is not None and rule.computed_in_f32
 
     @property
     def module_is_as_stored(self) -> bool:

@@ -14,6 +14,7 @@ from reap2gguf.models.glm4_moe import Glm4Moe
 from reap2gguf.models.granite_moe import GraniteMoe, GraniteMoeShared
 from reap2gguf.models.kimi_linear import KimiLinear
 from reap2gguf.models.lfm2_moe import Lfm2Moe
+from reap2gguf.models.minimax_m2 import MiniMaxM2
 from reap2gguf.models.mixtral import Mixtral
 from reap2gguf.models.olmoe import Olmoe
 from reap2gguf.models.qwen2_moe import Qwen2Moe
@@ -35,6 +36,7 @@ ARCHITECTURES: dict[str, type[MoeModel]] = {
     "GraniteMoeSharedForCausalLM": GraniteMoeShared,
     "KimiLinearForCausalLM": KimiLinear,
     "Lfm2MoeForCausalLM": Lfm2Moe,
+    "MiniMaxM2ForCausalLM": MiniMaxM2,
     "MixtralForCausalLM": Mixtral,
     "OlmoeForCausalLM": Olmoe,
     "Qwen2MoeForCausalLM": Qwen2Moe,

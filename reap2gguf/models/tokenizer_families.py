@@ -67,6 +67,14 @@ _KIMI_PATTERN = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 KIMI_STEPS = (_KIMI_PATTERN,)
+# that of GPT-4o
+_O200K_LOWER, _O200K_UPPER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_O200K_PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_O200K_UPPER}*{_O200K_LOWER}+{_KIMI_END}"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_O200K_UPPER}+{_O200K_LOWER}*{_KIMI_END}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+O200K_STEPS = (_O200K_PATTERN,)
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,8 @@ class TokenizerFamily:
         sentencepiece: Whether they may also be SentencePiece models, which split no text.
         end_by_name: Whether the end of a text is the `eos_token` of tokenizer_config.json, and not
             the id in config.json, where the vocabulary is a file of ranks.
+        may_overlap: Whether published ones have added tokens that overlap in a text, such as
+            `]~b]` and `]!d~[`: their users are told of it, and others are refused.
     """
 
     pre_tokenizers: PreTokenizers
@@ -94,6 +104,7 @@ class TokenizerFamily:
     space_prefix: bool = False
     sentencepiece: bool = False
     end_by_name: bool = False
+    may_overlap: bool = False
 
 
 QWEN = TokenizerFamily(QWEN_PRE_TOKENIZERS)
@@ -124,6 +135,7 @@ _FAMILIES: Mapping[str, TokenizerFamily] = {
     "olmoe": TokenizerFamily({(GPT2_PATTERN,): "olmo"}),
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,
+    "minimax_m2": TokenizerFamily({O200K_STEPS: "minimax-m2"}, may_overlap=True),
     "mixtral": TokenizerFamily({}, space_prefix=True, sentencepiece=True),
     "qwen3_omni_moe": TokenizerFamily(
         {}, replaced_special={"bos": "<|im_end|>", "eos": "<|im_end|>"}

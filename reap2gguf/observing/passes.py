@@ -18,6 +18,7 @@ from reap2gguf.gguf_files.imatrix_coverage import hits_line, layer_hits
 from reap2gguf.machine import processes
 from reap2gguf.models.description import sums_shape
 from reap2gguf.observing.probe import mtp_probe
+from reap2gguf.tokenizer.identity import tokens_of_folder, tokens_of_header
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row
@@ -49,6 +50,7 @@ def observe(
     from reap2gguf.observing.sweep import sweep
 
     _check_same_rows(rows.sha256)
+    tokens = _tokens(checkpoint, model)
     saliency = SaliencyObserver(model)
     joint = JointObserver(model, saliency, ImportanceObserver(model)) if with_imatrix else None
     probe = mtp_probe(model, rows)
@@ -74,7 +76,16 @@ def observe(
         n_mtp_tokens=report.mtp_tokens,
         made_with=versions(COMPUTING),
         imatrix=None if joint is None else _of_rows(joint.importance.entries, rows),
+        architecture=model.facts.gguf_arch,
+        tokens_sha256=tokens,
     )
+
+
+def _tokens(checkpoint: Checkpoint, model: MoeModel) -> str:
+    """The hash by which observations are known to be of a model with these tokens."""
+    if checkpoint.gguf is not None:
+        return tokens_of_header(checkpoint.gguf)
+    return tokens_of_folder(checkpoint.folder, model.facts.vocab_size, model.tokenizers)
 
 
 def _of_rows(entries: Mapping[str, ImatrixEntry], rows: ObservationRows) -> ObservedSums:

@@ -74,7 +74,8 @@ def layer_targets(
     """Everything in layer `index`, experts fused to 3D.
 
     Weights have `dtype`, or the type that `module_dtypes` has for their parameter: transformers
-    keeps some in float32 whatever the model's type, such as a router's bias. Experts that are not
+    keeps some in float32 whatever the model's type, such as a router's bias; and the model may name
+    more. Experts that are not
     widened keep the type they are stored in. `names`: the layer's tensors, if they are known.
     """
     prefix = model.block_prefix(index)
@@ -88,10 +89,12 @@ def layer_targets(
         role = model.role(name)
         if role.layer is None:
             continue  # the MTP block's own embedding and head
-        parameter = model.parameter(index, name.removeprefix(prefix))
+        inside = name.removeprefix(prefix)
+        parameter = model.parameter(index, inside)
         if not isinstance(role, Expert):
             own = (module_dtypes or {}).get(parameter, dtype)
-            parts = joined.get(parameter, (name.removeprefix(prefix),))
+            own = torch.float32 if model.is_computed_in_f32(index, inside) else own
+            parts = joined.get(parameter, (inside,))
             targets[parameter] = _joined(weights, [prefix + part for part in parts], own)
         elif role.part == "bias" or model.module_is_as_stored:
             own = dtype if widen_experts else stored_type(weights, name)

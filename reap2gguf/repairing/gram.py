@@ -9,19 +9,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from reap2gguf.errors import ObservationError
 from reap2gguf.repairing.features import Features, RoutedRows, product
+from reap2gguf.repairing.gram_size import PIECE, TILE
 from reap2gguf.repairing.solve import NotPositiveDefinite, Tiles, conjugate_gradients, solved
-
-WAYS = ("device", "host", "never")
-# columns of a tile, about, and rows of Phi that are formed at once
-_TILE = {"cpu": 512, "cuda": 4096}
-_PIECE = {"cpu": 1024, "cuda": 8192}
 
 
 class Gram(ABC):
@@ -88,7 +84,7 @@ class UnformedGram(Gram):
 
 
 def gram_of(features: Features, way: str) -> Gram:
-    """The normal equations of a layer, held in one of `WAYS`.
+    """The normal equations of a layer, held in one of `gram_size.WAYS`.
 
     Raises ObservationError if the layer has no rows.
     """
@@ -97,31 +93,6 @@ def gram_of(features: Features, way: str) -> Gram:
     if way == "never":
         return UnformedGram(features)
     return FormedGram(features, features.device if way == "device" else torch.device("cpu"))
-
-
-@dataclass(frozen=True)
-class GramSize:
-    """Bytes that the normal equations of a layer take, where they are computed and on the host."""
-
-    device: int
-    host: int
-
-
-def gram_size(
-    way: str, n_experts: int, width: int, hidden: int, itemsize: int, on_gpu: bool
-) -> GramSize:
-    """What `gram_of` and its solutions take, for results of `itemsize` bytes."""
-    n, kind = n_experts * width, "cuda" if on_gpu else "cpu"
-    vectors = n * hidden * (5 * itemsize + 4 * 8)
-    piece = _PIECE[kind] * n * (2 if on_gpu else itemsize) if way != "never" else 0
-    tile = max(_TILE[kind], width)
-    held = (n * n + 2 * n * tile) * itemsize  # the triangle and that of its factor
-    blocks = 3 * n * width * itemsize
-    if way == "device":
-        return GramSize(vectors + piece + held, 0)
-    if way == "host":
-        return GramSize(vectors + piece + 3 * n * tile * itemsize, held)
-    return GramSize(vectors + blocks, 0)
 
 
 @torch.inference_mode()
@@ -164,14 +135,14 @@ def _add(
 def _groups(features: Features) -> tuple[list[range], list[slice]]:
     """Neighbouring experts that share a tile, and their columns."""
     width, count = features.experts.width, features.experts.n_experts
-    step = max(1, _TILE[features.device.type] // width)
+    step = max(1, TILE[features.device.type] // width)
     groups = [range(first, min(first + step, count)) for first in range(0, count, step)]
     return groups, [slice(group.start * width, group.stop * width) for group in groups]
 
 
 def _pieces(features: Features) -> Iterator[RoutedRows]:
     """The rows in pieces that are formed at once."""
-    size = _PIECE[features.device.type]
+    size = PIECE[features.device.type]
     for rows in features.on_device():
         for first in range(0, len(rows), size):
             yield rows if len(rows) <= size else _cut(rows, first, min(first + size, len(rows)))

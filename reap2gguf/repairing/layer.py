@@ -6,14 +6,18 @@ pruning took away,
 
     D = D0 + (Phi^T Phi + lambda I)^-1 Phi^T E,    lambda = alpha * mean(diag(Phi^T Phi))
 
-which is (Phi^T Phi + lambda I)^-1 (Phi^T T + lambda D0). An eighth of the rows is held out: alpha
-is the one of a short list with the least error there, of weights rounded as they are stored, and a
-layer whose error there does not fall keeps its weights.
+which is (Phi^T Phi + lambda I)^-1 (Phi^T T + lambda D0). An eighth of the rows is held out, and the
+error is that of weights rounded as they are stored, on these rows. From the strongest alpha of a
+short list to the weakest, they are tried until one is worse than the one before it. Of those tried,
+the strongest is taken whose error falls nearly as far as the best one's: it moves the weights less,
+and what is lost on text of the calibration's kind is little beside what is won on other text. A
+layer whose error does not fall keeps its weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -27,12 +31,22 @@ if TYPE_CHECKING:
     from reap2gguf.repairing.features import Features, RoutedRows
 
 RepairKind = Literal["ridge", "scale"]
-ALPHAS = (1.0, 0.3, 0.1, 0.03)  # the strongest ridge first: of equal errors it wins
+ALPHAS = (1.0, 0.3, 0.1, 0.03)  # the strongest ridge first
+NEARLY = 0.95  # of the best fall of the squared error: as good (figures: bench/RESULTS.md)
 _SCALE_ALPHA = 1e-3  # keeps the number of an expert that no token reaches at 1
 _PIECE = 2048  # rows whose outputs of all their experts are formed at once
 
 
 Round = Callable[[Tensor], Tensor]  # weights (E F, H) as they will be stored
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """Weights (E F, H) of one alpha, and their squared error on the rows that are held out."""
+
+    alpha: float
+    error: float
+    weights: Tensor
 
 
 def fit_layer(
@@ -45,25 +59,31 @@ def fit_layer(
 ) -> tuple[LayerFit, Tensor | None]:
     """How a layer is repaired, and its new weights D (E F, H), or None where it keeps its own.
 
-    original: D0 (E F, H)    way: one of `gram.WAYS`; `scale` needs none
+    original: D0 (E F, H)    way: one of `gram_size.WAYS`; `scale` needs none
     Raises ObservationError if there are no rows.
     """
     before = held_out.squared_error(None)
-    best: tuple[float, float, Tensor] | None = None
+    good: list[_Tried] = []  # nearly as good as the best, strongest first
+    last = float("inf")
     for alpha, change in _candidates(fitted, original, kind, way):
         weights = stored(original + change.to(original.dtype))
         error = held_out.squared_error((weights - original).to(fitted.work))
-        if error < (before if best is None else best[0]):
-            best = error, alpha, weights
+        if error > last:
+            break
+        last = error
+        if error < before:
+            limit = before - NEARLY * (before - error)  # the best so far: errors do not rise
+            good = [one for one in good if one.error <= limit] + [_Tried(alpha, error, weights)]
     scale = held_out.rows.target_square
+    taken = good[0] if good else None
     fit = LayerFit(
-        None if best is None else best[1],
+        None if taken is None else taken.alpha,
         _relative(before, scale),
-        _relative(before if best is None else best[0], scale),
+        _relative(before if taken is None else taken.error, scale),
         fitted.n_rows,
         held_out.n_rows,
     )
-    return fit, None if best is None else best[2]
+    return fit, None if taken is None else taken.weights
 
 
 def _relative(error: float, scale: float) -> float:
@@ -83,9 +103,10 @@ def _candidates(
     mean, start = gram.diagonal_mean, None
     for alpha in ALPHAS:
         change = gram.solve(alpha * mean, start) if mean > 0 else None
-        if change is not None:
-            start = change
-            yield alpha, change
+        if change is None:  # nor can a weaker one be solved
+            return
+        start = change
+        yield alpha, change
 
 
 @torch.inference_mode()

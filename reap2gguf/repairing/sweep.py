@@ -75,7 +75,7 @@ def repair(
 ) -> dict[int, RepairedLayer]:
     """Fit every layer's `down_proj` to the original layer on `rows`; the tensors are in `folder`.
 
-    `way`: how the Gram matrix is held, one of `gram.WAYS`; None: as the memory allows.
+    `way`: how the Gram matrix is held, one of `gram_size.WAYS`; None: as the memory allows.
     Raises UsageError for too few rows, too little memory or several processes,
     UnsupportedModelError for experts that it is not defined for, and what a sweep raises.
     """

@@ -187,7 +187,8 @@ def verify(
     """Check a bundle, or an HF folder with GGUFs.
 
     Reads everything back from disk and exits with 1 if anything is wrong. PATHS are the folders of
-    a bundle, or a safetensors folder and GGUF files that were made from it. Prints how strictly
+    a bundle, or a safetensors folder and GGUF files that were made from it, or GGUF files that were
+    pruned from the GGUF file --source. Prints how strictly
     each file was compared (hashes, values or exact), and what could not be checked.
 
     \b
@@ -195,6 +196,7 @@ def verify(
       reap2gguf verify build/Qwen3-30B-A3B-REAP-0.25-GGUF
       reap2gguf verify build/Qwen3-30B-A3B-REAP-0.25-GGUF --source Qwen/Qwen3-30B-A3B --exact
       reap2gguf verify ./Qwen3-30B-A3B-REAP Qwen3-30B-A3B-REAP-Q4_K_M.gguf
+      reap2gguf verify Qwen3-30B-A3B-REAP-Q4_K_M.gguf --source Qwen3-30B-A3B-Q4_K_M.gguf
     """
 
     from reap2gguf.terminal.report_views import report_as_json, report_lines, too_weak

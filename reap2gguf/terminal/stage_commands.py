@@ -72,6 +72,7 @@ def observe(
     Example:
       reap2gguf observe ./Qwen3-30B-A3B --calibration text.txt -o observations.safetensors
       reap2gguf observe ./Qwen3-30B-A3B --calibration seed-000 -o observations.safetensors
+      reap2gguf observe Qwen3-30B-A3B-Q4_K_M.gguf --memory 4GiB -o observations.safetensors
       torchrun --nproc-per-node 2 -m reap2gguf observe ./Qwen3-30B-A3B -o observations.safetensors
     """
 
@@ -102,7 +103,14 @@ def observe(
 @calibration_options
 @compute_options
 @threads_option
-@option("-o", "--output", section=WRITE, type=FolderPath, required=True, help="Folder to write.")
+@option(
+    "-o",
+    "--output",
+    section=WRITE,
+    type=FolderPath,
+    required=True,
+    help="Folder to write; a GGUF file for one.",
+)
 @follow_links_option
 @output_options
 def prune(
@@ -121,6 +129,9 @@ def prune(
     Writes the pruned MODEL as a safetensors folder. Options of calibration and of computing are for
     --repair alone: nothing is read or computed without it.
 
+    Of a GGUF file, OUTPUT is a GGUF file, or as many parts: the stored blocks of the experts that
+    stay. Observations may be of the file or of the checkpoint that it was made from.
+
     \b
     Example:
       reap2gguf prune ./Qwen3-30B-A3B --observations observations.safetensors \\
@@ -129,6 +140,8 @@ def prune(
           --method weighted_ean_sum --calibration text.txt --repair -o Qwen3-30B-A3B-repaired
       reap2gguf prune ./Qwen3-30B-A3B --method aimer -o Qwen3-30B-A3B-AIMER
       reap2gguf prune ./Qwen3-30B-A3B --kept kept_experts.json -o Qwen3-30B-A3B-again
+      reap2gguf prune Qwen3-30B-A3B-Q4_K_M.gguf --observations observations.safetensors \\
+          -o Qwen3-30B-A3B-REAP-Q4_K_M.gguf
     """
 
     progress = terminal_progress()

@@ -100,8 +100,8 @@ def added_type(token: AddedToken) -> TokenType:
     return TokenType.CONTROL if token.special or looks_special else TokenType.USER_DEFINED
 
 
-def check_order(added: list[AddedToken], where: Path) -> None:
-    """Refuse added tokens that overlap in a text, where the library and llama.cpp choose otherwise.
+def overlap_of(added: list[AddedToken]) -> tuple[str, str] | None:
+    """Two added tokens that overlap in a text, where the library and llama.cpp choose otherwise.
 
     The library takes tokens that are not normalized first, then the one that begins first, of those
     the longest. llama.cpp takes the longest, wherever it begins.
@@ -119,11 +119,12 @@ def check_order(added: list[AddedToken], where: Path) -> None:
                 both.startswith(text) and by_text[text].normalized is left.normalized
                 for text in longer
             ):
-                raise _overlap(where, left.text, right)
+                return left.text, right
     raw = [token.text for token in added if not token.normalized]
     for outer in (token.text for token in added if token.normalized):
         if inner := next((text for text in raw if text in outer), None):
-            raise _overlap(where, outer, inner)
+            return outer, inner
+    return None
 
 
 def _overlapping(text: str, ordered: list[str]) -> Iterator[tuple[str, str]]:
@@ -150,7 +151,7 @@ def _is_longest(taken: str, left: str, right: str) -> bool:
     return len(taken.encode()) > len(other.encode())
 
 
-def _overlap(where: Path, one: str, other: str) -> UnsupportedModelError:
+def overlap_error(where: Path, one: str, other: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{where}: added tokens {shown(one)} and {shown(other)} can overlap in a text, and "
         f"transformers and llama.cpp do not choose the same one; rename one of them: {RESAVE}"

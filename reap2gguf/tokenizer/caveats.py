@@ -53,6 +53,7 @@ _ALWAYS = {
     "granitemoeshared": "TokenizersBackend",
     "glm4_moe": "TokenizersBackend",
     "glm4_moe_lite": "TokenizersBackend",
+    "minimax_m2": "TokenizersBackend",
 }
 # keys of llama.cpp by which a user can give it two more tokens that end an answer
 _END_KEYS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
@@ -83,6 +84,13 @@ def tokenizer_caveats(
                 f"no merge leads to {unreached:,} tokens of the vocabulary, so llama.cpp never "
                 "makes them: a word that is such a token gets other ids there"
             )
+    if vocabulary.overlap is not None:
+        found.append(
+            "added tokens such as {} and {} can overlap in a text, of which transformers takes the "
+            "first and llama.cpp the longest: no chat template writes them so".format(
+                *map(shown, vocabulary.overlap)
+            )
+        )
     if pre == "glm4" and _puts_two_tokens(folder):
         found.append(PREFIX_CAVEAT)
     if tokenizer_path(folder).name == RANKS_FILE:

@@ -40,6 +40,7 @@ _MODEL = {
     "fuse_unk": False,
     "byte_fallback": False,
 }
+_ADVICE = "name the checkpoint that it was made from with --reference"
 _ADDED = (TokenType.CONTROL, TokenType.USER_DEFINED)
 
 
@@ -48,19 +49,22 @@ def header_tokens(header: GgufHeader) -> list[str]:
     return _texts(header, Keys.Tokenizer.LIST)
 
 
-def write_tokenizer(header: GgufHeader, folder: Path) -> None:
+def write_tokenizer(header: GgufHeader, folder: Path, advice: str = _ADVICE) -> None:
     """Write the tokenizer of a GGUF file into a folder that is there, as transformers reads it.
+
+    `advice` is what to do without.
 
     Raises UnsupportedModelError for a kind of tokenizer that is neither byte-level BPE nor
     SentencePiece, or that splits text in a way that is not known; ArtifactError for a broken
     header.
     """
-    write_whole(folder / "tokenizer.json", json.dumps(tokenizer_json(header), ensure_ascii=False))
+    contents = json.dumps(tokenizer_json(header, advice), ensure_ascii=False)
+    write_whole(folder / "tokenizer.json", contents)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "backend": "tokenizers"}
     write_whole(folder / "tokenizer_config.json", json.dumps(config))
 
 
-def tokenizer_json(header: GgufHeader) -> dict[str, Any]:
+def tokenizer_json(header: GgufHeader, advice: str = _ADVICE) -> dict[str, Any]:
     """The contents of the file; raises as `write_tokenizer` does."""
     metadata, keys = header.metadata, Keys.Tokenizer
     model, pre = metadata.get(keys.MODEL), metadata.get(keys.PRE)
@@ -68,8 +72,7 @@ def tokenizer_json(header: GgufHeader) -> dict[str, Any]:
     if not is_known or (model == "gpt2" and pre not in PRE_TOKENIZERS):
         raise UnsupportedModelError(
             f"{header.path}: its tokenizer is {shown(model)} with the pre-tokenizer {shown(pre)}, "
-            f"expected llama, or gpt2 with one of {', '.join(PRE_TOKENIZERS)}; name the checkpoint "
-            "that it was made from with --reference"
+            f"expected llama, or gpt2 with one of {', '.join(PRE_TOKENIZERS)}; {advice}"
         )
     tokens = header_tokens(header)
     types = metadata.get(keys.TOKEN_TYPE)

@@ -58,7 +58,7 @@ def add_tokenizer(
         pre, vocabulary = SPM_PRE, read_spm(tokenizer, folder, config, vocab_size)
     else:
         pre = check_form(tokenizer, path, family.pre_tokenizers)
-        vocabulary = read_vocabulary(tokenizer, vocab_size, path)
+        vocabulary = read_vocabulary(tokenizer, vocab_size, path, family.may_overlap)
     before = added_by_post_processor(tokenizer, path, family.prefix)
     is_spm = isinstance(vocabulary, SpmVocabulary)
     puts_space = isinstance(vocabulary, SpmVocabulary) and vocabulary.space_prefix

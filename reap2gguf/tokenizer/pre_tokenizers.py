@@ -44,6 +44,14 @@ _KIMI = (
     + r"?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     + _SPACES
 )
+# a word is capital letters and then small ones, where any letter beyond ASCII is either; what
+# llama.cpp does for GPT-4o and those that split as it does
+_O200K_UPPER, _O200K_LOWER = r"(?:(?=\p{L})[^a-z])", r"(?:(?=\p{L})[^A-Z])"
+_O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_O200K_UPPER}*{_O200K_LOWER}+{_CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_O200K_UPPER}+{_O200K_LOWER}*{_CONTRACTIONS}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _SPACES
+)
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,12 @@ PRE_TOKENIZERS = {
         (_KIMI,),
         differs="llama.cpp's kimi-k2 begins no new word at a capital letter or a combining mark, "
         "and transformers does: text such as camelCase can get other token ids there",
+    ),
+    "minimax-m2": PreTokenizer(
+        (_O200K,),
+        differs="llama.cpp's minimax-m2 takes a letter beyond ASCII for a capital and a small one "
+        "at once, and a combining mark for no letter, and transformers does not: text such as "
+        "ÉCOLE can get other token ids there",
     ),
 }
 

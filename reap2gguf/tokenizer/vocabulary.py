@@ -16,7 +16,13 @@ from gguf import TokenType
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.description import MAX_VOCABULARY
-from reap2gguf.tokenizer.added_tokens import AddedToken, added_type, check_order, read_added_tokens
+from reap2gguf.tokenizer.added_tokens import (
+    AddedToken,
+    added_type,
+    overlap_error,
+    overlap_of,
+    read_added_tokens,
+)
 from reap2gguf.tokenizer.advice import RESAVE
 from reap2gguf.tokenizer.byte_symbols import byte_symbols
 from reap2gguf.tokenizer.merges import Merge, merges_of
@@ -36,6 +42,8 @@ class Vocabulary:
     merges: list[Merge]
     added: list[AddedToken]
     normalizes: bool  # transformers puts text into NFC first
+    # two added tokens of which, where they overlap in a text, the programs choose another one
+    overlap: tuple[str, str] | None = None
 
     @property
     def unreached(self) -> frozenset[int]:
@@ -54,11 +62,14 @@ class Vocabulary:
         return ORDINARY_IN_QWEN in self.tokens and ORDINARY_IN_QWEN not in added
 
 
-def read_vocabulary(tokenizer: dict[str, Any], vocab_size: int, where: Path) -> Vocabulary:
+def read_vocabulary(
+    tokenizer: dict[str, Any], vocab_size: int, where: Path, may_overlap: bool = False
+) -> Vocabulary:
     """The vocabulary of a `tokenizer.json`, with unused tokens `[PADi]` for ids that it leaves out.
 
-    `where` is the path of the file, for messages. Raises CheckpointError if the file contradicts
-    itself, and UnsupportedModelError for what llama.cpp reads in another way.
+    `where` is the path of the file, for messages; `may_overlap`: added tokens that overlap in a
+    text are told, and not refused. Raises CheckpointError if the file contradicts itself, and
+    UnsupportedModelError for what llama.cpp reads in another way.
     """
     if vocab_size > MAX_VOCABULARY:
         raise UnsupportedModelError(
@@ -91,8 +102,10 @@ def read_vocabulary(tokenizer: dict[str, Any], vocab_size: int, where: Path) -> 
     _check_texts(tokens, types, where)
     merges = merges_of(tokenizer["model"], where)
     _check_merges(merges, vocab, where)
-    check_order(added, where)
-    return Vocabulary(tokens, types, merges, added, normalizes)
+    overlap = overlap_of(added)
+    if overlap is not None and not may_overlap:
+        raise overlap_error(where, *overlap)
+    return Vocabulary(tokens, types, merges, added, normalizes, overlap)
 
 
 def _check_texts(tokens: list[str], types: list[TokenType], where: Path) -> None:

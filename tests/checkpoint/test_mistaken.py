@@ -47,7 +47,7 @@ def test_a_long_name_of_a_base_model(tmp_path: Path) -> None:
 
 def test_a_folder_of_gguf_files(tmp_path: Path) -> None:
     (tmp_path / "x-Q4_K_M.gguf").write_bytes(b"GGUF")
-    assert "a GGUF file cannot be pruned" in refusal(tmp_path)
+    assert "it holds GGUF files; pass one of them" in refusal(tmp_path)
 
 
 def test_a_models_folder_in_the_hubs_cache(tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import EvaluationError, UsageError
 from reap2gguf.evaluating import head_cut
 from reap2gguf.evaluating.engine import evaluate_variants
-from reap2gguf.evaluating.gguf_weights import GgufWeights
 from reap2gguf.evaluating.scores import Pair, ScoredRow, Scores, joined
 from reap2gguf.evaluating.variants import Variant
 from reap2gguf.gguf_files.reader import read_gguf_header
+from reap2gguf.gguf_source.weights import GgufWeights
 from reap2gguf.models.table import describe
 from reap2gguf.options import ComputeOptions, Resume
 from reap2gguf.progress import CallbackProgress, Silent

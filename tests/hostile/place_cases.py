@@ -211,7 +211,7 @@ ARGUMENTS = [
     Case("model an address", lambda room: ["plan", "https://a:pw@x/y/z", *PLAN],
          "//...@x/y/z: is not a page of"),
     Case("model a GGUF file", lambda room: ["plan", room.write("a.gguf", ""), *PLAN],
-         "a GGUF file cannot be pruned"),
+         "a.gguf: empty, expected a GGUF file"),
     Case("model empty", lambda room: ["plan", "", *PLAN], "no such folder"),
     Case("model a file", lambda room: ["plan", room.write("a", ""), *PLAN], "is a file"),
     Case("model an empty folder", lambda room: ["plan", room.folder, *PLAN], "no config.json"),

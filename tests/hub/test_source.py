@@ -188,9 +188,9 @@ def test_a_snapshot_of_the_hubs_cache(
 
 
 @pytest.mark.parametrize(("name", "content"), [("x.gguf", b""), ("model", b"GGUF\3\0\0\0")])
-def test_a_gguf_file_is_no_model_to_prune(tmp_path: Path, name: str, content: bytes) -> None:
+def test_a_file_is_no_folder(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    assert "a GGUF file cannot be pruned" in refusal(str(tmp_path / name))
+    assert "is a file; pass the folder that holds config.json" in refusal(str(tmp_path / name))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from typing import Any
 
 from tests.families.deepseek import KIMI_K2, V3
 from tests.families.glm import TinyGlm4Moe
+from tests.families.minimax import as_published
 from tests.models.converted import convert
 from tests.quantized import Quantized, as_compressed_fp8, as_fp8, as_packed
 from tests.tiny import REPOSITORY, TinyQwen3Moe
@@ -29,6 +30,7 @@ CASES: dict[str, Quantized] = {
     "Qwen3-30B-A3B-FP8": as_fp8(TinyQwen3Moe(), (16, 16)),
     # ragged edges, which the published checkpoint has in `kv_a_proj_with_mqa`
     "DeepSeek-V3": as_fp8(V3, (48, 40)),
+    "MiniMax-M2": as_published(block=(24, 40)),
     "GLM-4.5-Air-FP8": as_compressed_fp8(TinyGlm4Moe(width=40), "channel"),
     "Kimi-K2-Thinking": as_packed(_KIMI, 32, only=".mlp.experts."),
     "W4A16": as_packed(TinyQwen3Moe(), 16),

@@ -75,13 +75,19 @@ def of_transformers(folder: Path, vocab: int, with_tower: bool = False) -> torch
 def of_llama_cpp(folder: Path, target: Path, vocab: int) -> torch.Tensor:
     """Logits (T, V) of the F32 file that is written for a folder."""
     path = export_files(folder, target, [plain("F32")])["F32"]
+    logits = of_file(path, vocab)
+    path.unlink()
+    return logits
+
+
+def of_file(path: Path, vocab: int) -> torch.Tensor:
+    """Logits (T, V) of a GGUF file, by llama.cpp."""
     llama = llama_cpp.Llama(
         str(path), n_ctx=64, n_batch=64, logits_all=True, verbose=False, **ONE_THREAD
     )
     llama.eval(tokens(vocab))
     logits = torch.tensor(np.array(llama.scores[:N_TOKENS]))
     llama.close()
-    path.unlink()
     return logits
 
 

@@ -13,8 +13,8 @@ import torch
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
-from reap2gguf.evaluating.gguf_weights import GgufWeights
 from reap2gguf.gguf_files.reader import read_gguf_header
+from reap2gguf.gguf_source.weights import GgufWeights
 from reap2gguf.models.deepseek2 import Glm4MoeLite
 from reap2gguf.models.from_gguf import model_from_gguf
 from reap2gguf.models.mla import LatentRope, read_heads, read_latent_rope

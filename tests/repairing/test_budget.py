@@ -19,7 +19,7 @@ from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.repairing import budget
 from reap2gguf.repairing.budget import RepairPlan, plan_repair
-from reap2gguf.repairing.gram import GramSize
+from reap2gguf.repairing.gram_size import GramSize
 from reap2gguf.repairing.sweep import _Repaired
 from tests.repairing.repairs import CPU, pruned_view, rows_of
 from tests.tiny import TinyQwen3Moe
@@ -48,7 +48,7 @@ def test_the_gram_matrix_is_formed_where_it_fits_and_not_where_it_does_not(
     view: PrunedView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = {"device": 900 * MIB, "host": 0, "never": MIB}
-    monkeypatch.setattr(budget, "_size", lambda context, way: GramSize(sizes[way], 0))
+    monkeypatch.setattr(budget, "layer_size", lambda facts, way, on_gpu: GramSize(sizes[way], 0))
     room = resident_bytes() + 600 * MIB
     assert plan(view, room + 900 * MIB).way == "device"
     found = plan(view, room)

@@ -8,14 +8,15 @@ import torch
 
 from reap2gguf.errors import ObservationError
 from reap2gguf.repairing import gram
-from reap2gguf.repairing.gram import WAYS, FormedGram, gram_of, gram_size
-from tests.repairing.layers import HIDDEN, N_EXPERTS, WIDTH, random_layer
+from reap2gguf.repairing.gram import FormedGram, gram_of
+from reap2gguf.repairing.gram_size import WAYS
+from tests.repairing.layers import WIDTH, random_layer
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(gram._TILE, "cpu", 2 * WIDTH)
-    monkeypatch.setitem(gram._PIECE, "cpu", 7)
+    monkeypatch.setitem(gram.TILE, "cpu", 2 * WIDTH)
+    monkeypatch.setitem(gram.PIECE, "cpu", 7)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -72,20 +73,3 @@ def test_float32_rows_give_the_same_bits_twice(way: str) -> None:
 def test_a_layer_without_rows_is_refused() -> None:
     with pytest.raises(ObservationError, match="no token is left"):
         gram_of(random_layer().features, "device")
-
-
-def test_each_way_holds_less_on_the_device_than_the_one_before() -> None:
-    sizes = [gram_size(way, 64, 768, 2048, 4, on_gpu=True) for way in WAYS]
-    assert sizes[0].device > sizes[1].device > sizes[2].device
-    n = 64 * 768
-    assert sizes[0].device > n * n * 4  # the triangle of the matrix and that of its factor
-    assert sizes[1].host > n * n * 4
-    assert sizes[2].host == 0
-
-
-def test_sizes_grow_with_the_experts() -> None:
-    small, large = (
-        gram_size("device", count, WIDTH, HIDDEN, 8, on_gpu=False).device
-        for count in (N_EXPERTS, 2 * N_EXPERTS)
-    )
-    assert large > small

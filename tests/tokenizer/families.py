@@ -15,6 +15,7 @@ from reap2gguf.models.tokenizer_families import (
     DEEPSEEK_LLM_STEPS,
     DEEPSEEK_V3_STEPS,
     LLAMA3_STEPS,
+    O200K_STEPS,
 )
 from tests.tokenizer.small import QWEN2, SMALL_SIZE, added, byte_level, split, tokenizer
 
@@ -168,6 +169,21 @@ PUBLISHED = (
         _DEEPSEEK_CONFIG,
         {"bos_token_id": 257, "eos_token_id": 258},
         normalizer={"type": "Sequence", "normalizers": []},
+    ),
+    Published(
+        "minimax_m2",
+        "MiniMaxM2ForCausalLM",
+        "minimax-m2",
+        [split(O200K_STEPS[0]), LAST],
+        ["]!p~[", "<fim_prefix>", "<reponame>", "]~b]", "[e~[", "]!d~[", "]<]image[>[", "]~!b["],
+        ["<minimax:tool_call>", "<think>", "</think>"],
+        {
+            "add_prefix_space": False,
+            "bos_token": "]~!b[",
+            "eos_token": "[e~[",
+            "unk_token": "]!d~[",
+            "tokenizer_class": "GPT2Tokenizer",
+        },
     ),
     Published(
         "olmoe",

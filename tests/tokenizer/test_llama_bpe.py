@@ -18,6 +18,7 @@ from reap2gguf.models.tokenizer_families import (
     DEEPSEEK_LLM_STEPS,
     DEEPSEEK_V3_STEPS,
     KIMI_STEPS,
+    O200K_STEPS,
     TokenizerFamily,
 )
 from reap2gguf.tokenizer.llama_bpe import LlamaBpe
@@ -53,9 +54,11 @@ STEPS: dict[str, list[dict[str, Any]]] = {
     "olmo": [SPLITS_ITSELF],
     "refact": [DIGITS, {**SPLITS_ITSELF, "use_regex": True}],
     "kimi-k2": [*map(split, KIMI_STEPS), LAST],
+    "minimax-m2": [*map(split, O200K_STEPS), LAST],
 }
 
 
+_CASED, _MARKS = ("Lu", "Lt", "Ll"), ("Mn", "Mc", "Me")
 # texts in which llama.cpp gives other ids, as its users are told
 DIFFERENT: dict[str, Callable[[str], str]] = {
     "deepseek-llm": lambda text: "".join(
@@ -65,6 +68,10 @@ DIFFERENT: dict[str, Callable[[str], str]] = {
     ),
     "kimi-k2": lambda text: "".join(
         char for char in text.lower() if unicodedata.category(char)[0] != "M"
+    ),
+    "minimax-m2": lambda text: (
+        "".join(c for c in text if c < "\x80" or unicodedata.category(c) not in (*_CASED, *_MARKS))
+        + "".join(c for c in text.lower() if unicodedata.category(c) not in (*_CASED[:2], *_MARKS))
     ),
 }
 
@@ -138,6 +145,8 @@ def test_ids_are_those_of_llama_cpp_and_of_the_library(name: str, tmp_path: Path
         (["a\u0301b", " \u0301"], "qwen35"),
         (["123", "45", " ", "678"], "llama-bpe"),
         (["中文", "abc", "123", "4"], "deepseek-v3"),
+        (["get", "HTTPName's", " it", "123", "4", "!//\n", "x"], "minimax-m2"),
+        (["É", "COLE", " aÉbe", "\u0301s"], "minimax-m2"),
     ],
 )
 def test_words(words: list[str], name: str) -> None:

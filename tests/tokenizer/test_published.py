@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,3 +117,20 @@ def test_a_token_that_the_family_needs_is_missing(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(description))
     with pytest.raises(CheckpointError, match=r"no token '\[gMASK\]' .* takes as bos for glm4"):
         keys_of(glm, tmp_path)
+
+
+def test_overlapping_tokens_of_minimax_are_told(tmp_path: Path) -> None:
+    """transformers and llama.cpp choose another one; in other families that is refused."""
+    published = next(one for one in PUBLISHED if one.model_type == "minimax_m2")
+    published.write(tmp_path)
+    size, family = published.vocab_size, tokenizer_family(published.model_type)
+    text = "a]~b]!d~[b"
+    with llama_cpp_tokenizer(tmp_path, size, family) as llama:
+        assert (
+            llama.encode(text)
+            != Library.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids
+        )
+    said = "added tokens such as ']~b]' and .* can overlap in a text"
+    assert any(re.match(said, caveat) for caveat in check_tokenizer(tmp_path, size, family))
+    with pytest.raises(UnsupportedModelError, match=r"can overlap in a text.*rename one of them"):
+        check_tokenizer(tmp_path, size, replace(family, may_overlap=False))

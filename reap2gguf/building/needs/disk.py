@@ -93,11 +93,12 @@ def disk_needs(
     sweeps: SweepNeeds,
     evaluation: SweepNeeds | None,
     choosing: SweepNeeds | None = None,
+    repairing: SweepNeeds | None = None,
 ) -> DiskNeeds:
     """Sizes of tensors are exact, all others close upper bounds.
 
     `evaluation` is what the last stage takes; None if quality is not measured. `choosing` is the
-    same of the stage that chooses a method.
+    same of the stage that chooses a method, and `repairing` of the one that repairs.
     """
     facts = plan.model.facts
     companions = sum(file.stat().st_size for file in companion_files(plan.source.folder))
@@ -118,13 +119,17 @@ def disk_needs(
         hf=plan.hf_bytes + companions + _CARD_BYTES if plan.writes_hf else 0,
         gguf=gguf,
         shared=texts + (observed if plan.observes else 0),
-        # a repair keeps the rows of one layer as well: inputs and errors
-        spool=(3 if plan.repairs else 1) * sweeps.spool_bytes if plan.n_sweeps else 0,
+        spool=_spool_bytes(sweeps, repairing) if plan.n_sweeps else 0,
         repaired=_repaired_bytes(plan),
         scoring=max(0 if one is None else one.spool_bytes for one in (evaluation, choosing)),
         depth=1 if sweeps.budget is None else sweeps.budget.depth,
         state=sweeps.hidden_bytes if plan.n_sweeps else 0,
     )
+
+
+def _spool_bytes(sweeps: SweepNeeds, repairing: SweepNeeds | None) -> int:
+    """What waits on the disk; a repair keeps inputs and errors of one layer's rows as well."""
+    return max(sweeps.spool_bytes, 0 if repairing is None else repairing.spool_bytes)
 
 
 def _repaired_bytes(plan: Plan) -> int:

@@ -15,6 +15,7 @@ from reap2gguf.building.needs.memory import (
     choosing_needs,
     evaluation_needs,
     peak_ram,
+    repair_needs,
     sweep_needs,
 )
 from reap2gguf.building.needs.rented import H100, as_gpu, gpu_factor, rented_machine
@@ -77,6 +78,7 @@ class Estimate:
     sweeps: SweepNeeds
     evaluation: SweepNeeds | None  # of the stage that measures quality; None: it is left out
     choosing: SweepNeeds | None  # of the one that chooses a method; None: it was named
+    repairing: SweepNeeds | None  # None: nothing is repaired
     disk: DiskNeeds
     reused: Reused
     has_device: bool = True  # whether the GPU that the figures are for is there
@@ -97,7 +99,7 @@ class Estimate:
         pays = export_pays_on_gpu(self.plan.recipes, self.plan.options.compute.device)
         on_gpu = self.machine.device == "cuda" and pays
         found = peak_ram(self.plan, self.machine, self.sweeps, self._export.ram, on_gpu)
-        return max([found, *(one.host_bytes for one in self._scoring)])
+        return max([found, *(one.host_bytes for one in self._others)])
 
     @property
     def gpu_memory_bytes(self) -> int:
@@ -105,12 +107,13 @@ class Estimate:
         if self.machine.device == "cpu":
             return 0
         own = self.sweeps.device_bytes + self._export.device
-        return max([own, *(one.device_bytes for one in self._scoring)])
+        return max([own, *(one.device_bytes for one in self._others)])
 
     @property
-    def _scoring(self) -> Sequence[SweepNeeds]:
-        """The stages in which several forms of the model are scored."""
-        return [one for one in (self.evaluation, self.choosing) if one is not None]
+    def _others(self) -> Sequence[SweepNeeds]:
+        """The stages that compute the model, beside the calibration passes."""
+        stages = self.evaluation, self.choosing, self.repairing
+        return [one for one in stages if one is not None]
 
     @cached_property
     def _export(self) -> ExportMemory:
@@ -187,6 +190,8 @@ class Estimate:
             found.append(self.sweeps.problem)
         elif self.choosing is not None and self.choosing.problem:
             found.append(f"{self.choosing.problem}; or pass fewer --candidates, or one --method")
+        elif self.repairing is not None and self.repairing.problem:
+            found.append(f"{self.repairing.problem}; or pass --repair scale, or none")
         elif self.evaluation is not None and self.evaluation.problem:
             found.append(f"{self.evaluation.problem}; or pass --evaluate never")
         return [*found, *self._disk_problems()]
@@ -255,13 +260,14 @@ class Estimate:
     def with_amount(self, amount: Amount) -> Estimate:
         """The same build with less text."""
         needs = _needs(self.plan, self.sizes, amount, self.machine)
-        sweeps, evaluation, choosing, disk = needs
+        sweeps, evaluation, choosing, repairing, disk = needs
         return replace(
             self,
             amount=amount,
             sweeps=sweeps,
             evaluation=evaluation,
             choosing=choosing,
+            repairing=repairing,
             disk=disk,
         )
 
@@ -289,16 +295,15 @@ def estimate(
     if machine.device == "cuda" and machine.gpu is None:
         machine = replace(machine, gpu=as_gpu(H100))
     sizes, amount = Sizes(plan), amount_of(plan, reused.texts)
-    sweeps, evaluation, choosing, disk = _needs(plan, sizes, amount, machine)
+    needs = _needs(plan, sizes, amount, machine)
+    sweeps = needs[0]
     host = Host(
         speed,
         machine.cores,
         None if machine.device == "cpu" or machine.gpu is None else gpu_factor(machine.gpu.name),
         max(0, machine.memory_free_bytes - sweeps.host_bytes - _FOR_FILES),
     )
-    return Estimate(
-        plan, sizes, machine, host, amount, sweeps, evaluation, choosing, disk, reused, has_device
-    )
+    return Estimate(plan, sizes, machine, host, amount, *needs, reused, has_device)
 
 
 def rented_estimate(plan: Plan, reused: Reused, gpu: str) -> Estimate:
@@ -319,9 +324,11 @@ def _rented(plan: Plan, sizes: Sizes, amount: Amount, gpu: str) -> Estimate:
 
 def _needs(
     plan: Plan, sizes: Sizes, amount: Amount, machine: Machine
-) -> tuple[SweepNeeds, SweepNeeds | None, SweepNeeds | None, DiskNeeds]:
-    """What the passes take, what measuring quality and choosing a method take, and the disk."""
+) -> tuple[SweepNeeds, SweepNeeds | None, SweepNeeds | None, SweepNeeds | None, DiskNeeds]:
+    """What the passes take, what measuring quality, choosing and repairing take, and the disk."""
     sweeps = sweep_needs(plan, sizes, amount, machine)
     evaluation = evaluation_needs(plan, sizes, planned_chunks(plan, amount), machine)
     choosing = choosing_needs(plan, sizes, amount, machine)
-    return sweeps, evaluation, choosing, disk_needs(plan, amount, sweeps, evaluation, choosing)
+    repairing = repair_needs(plan, sizes, amount, machine)
+    others = evaluation, choosing, repairing
+    return sweeps, *others, disk_needs(plan, amount, sweeps, *others)

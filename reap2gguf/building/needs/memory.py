@@ -14,6 +14,7 @@ from reap2gguf.observing.budget import (
     CONTEXT_BYTES,
     Budget,
     Kind,
+    Memory,
     Need,
     copies_experts,
     cpu_memory,
@@ -24,6 +25,8 @@ from reap2gguf.observing.budget import (
     layer_bytes,
 )
 from reap2gguf.pruning.write import HELD_BYTES
+from reap2gguf.repairing.gram_size import WAYS
+from reap2gguf.repairing.ways import best_way, layer_size, repair_need
 from reap2gguf.verifying.memory import COMPARING_BYTES, comparing_bytes
 
 if TYPE_CHECKING:
@@ -117,6 +120,42 @@ def choosing_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -
     return _fitted(plan, need, kind, machine, n_here, heads)
 
 
+def repair_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> SweepNeeds | None:
+    """What a repair takes, whose pass has both sides of a layer and its normal equations.
+
+    None if nothing is repaired. One process computes it.
+    """
+    if not plan.repairs:
+        return None
+    kind, on_gpu = _kind(plan, sizes, machine, 1), machine.device == "cuda"
+    facts, layers = plan.pruned.model.facts, sizes.layers(kind.itemsize, on_gpu)
+    model, tensors = plan.pruned.model, plan.pruned.tensors
+    kept = layer_bytes(model, tensors, kind.itemsize, on_gpu)
+    embedding = plan.checkpoint.tensors[plan.model.embedding_name].n_elements * kind.itemsize
+    trunk = {n: kept[n] for n in range(facts.n_layers) if n in kept}
+    need = kind.need(trunk, embedding, amount.n_tokens, amount.longest_row)
+    need = repair_need(need, max(layers[n] for n in trunk))
+    ways = ("",) if plan.repair == "scale" else WAYS
+    memory = _memory(plan, machine, 1)
+    try:
+        way = best_way(
+            need,
+            lambda name: layer_size(facts, name, on_gpu),
+            machine.device,
+            memory,
+            plan.options.compute.spool,
+            ways,
+        )
+    except UsageError as error:
+        return SweepNeeds(None, str(error), 0, 0, 0, kind.itemsize)
+    held, hidden = held_bytes(way.whole_need, way.budget), need.n_positions * need.hidden
+    if not on_gpu:
+        ram = BASE_BYTES + held
+        return SweepNeeds(way.budget, "", ram, ram, hidden, kind.itemsize)
+    ram = _BESIDE_A_GPU + way.size.host + (hidden if way.budget.spool == "host" else 0)
+    return SweepNeeds(way.budget, "", CONTEXT_BYTES + held, ram, hidden, kind.itemsize)
+
+
 def _kind(plan: Plan, sizes: Sizes, machine: Machine, n_here: int) -> Kind:
     """How a machine computes the source; `n_here` processes share its threads."""
     compute, on_gpu = plan.options.compute, machine.device == "cuda"
@@ -141,18 +180,10 @@ def _fitted(
     heads: HeadShape | None = None,
 ) -> SweepNeeds:
     """What `fit` makes of a need in each of `n_here` processes; heads follow the layers."""
-    compute, on_gpu = plan.options.compute, kind.on_gpu
-    host = machine.memory_free_bytes // n_here
-    hidden = need.n_positions * need.hidden
-    if on_gpu:
-        assert machine.gpu is not None
-        # CUDA's libraries take theirs before a sweep asks
-        free = machine.gpu.free_bytes - CONTEXT_BYTES
-        memory = gpu_memory(free, machine.gpu.n_bytes, host, compute.memory)
-    else:
-        memory = cpu_memory(host, compute.memory, BASE_BYTES, n_here)
+    on_gpu, hidden = kind.on_gpu, need.n_positions * need.hidden
+    memory = _memory(plan, machine, n_here)
     try:
-        budget = fit(need, machine.device, memory, compute.spool)
+        budget = fit(need, machine.device, memory, plan.options.compute.spool)
     except UsageError as error:
         return SweepNeeds(None, str(error), 0, 0, hidden, kind.itemsize)
     held = held_bytes(need, budget)
@@ -169,6 +200,17 @@ def _fitted(
     return SweepNeeds(
         budget, "", CONTEXT_BYTES + held, _BESIDE_A_GPU + on_host, hidden, kind.itemsize
     )
+
+
+def _memory(plan: Plan, machine: Machine, n_here: int) -> Memory:
+    """What each of `n_here` processes may take."""
+    limit, host = plan.options.compute.memory, machine.memory_free_bytes // n_here
+    if machine.device == "cpu":
+        return cpu_memory(host, limit, BASE_BYTES, n_here)
+    assert machine.gpu is not None
+    # CUDA's libraries take theirs before a sweep asks
+    free = machine.gpu.free_bytes - CONTEXT_BYTES
+    return gpu_memory(free, machine.gpu.n_bytes, host, limit)
 
 
 def peak_ram(

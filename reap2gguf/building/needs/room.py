@@ -11,7 +11,12 @@ from reap2gguf.building.exact import tokens_at_most
 from reap2gguf.building.needs.amount import most_of
 from reap2gguf.building.needs.disk import DiskNeeds, disk_needs
 from reap2gguf.building.needs.machine import this_machine
-from reap2gguf.building.needs.memory import choosing_needs, evaluation_needs, sweep_needs
+from reap2gguf.building.needs.memory import (
+    choosing_needs,
+    evaluation_needs,
+    repair_needs,
+    sweep_needs,
+)
 from reap2gguf.building.needs.scoring import planned_chunks
 from reap2gguf.building.needs.sizes import Sizes
 from reap2gguf.building.workdir import Room
@@ -44,7 +49,8 @@ def room_needs(plan: Plan) -> DiskNeeds:
     sweeps = sweep_needs(plan, sizes, amount, machine)
     evaluation = evaluation_needs(plan, sizes, n_chunks, machine)
     choosing = choosing_needs(plan, sizes, amount, machine)
-    return disk_needs(plan, amount, sweeps, evaluation, choosing)
+    repairing = repair_needs(plan, sizes, amount, machine)
+    return disk_needs(plan, amount, sweeps, evaluation, choosing, repairing)
 
 
 def check_room(plan: Plan, work: Workdir, progress: Progress) -> Room:

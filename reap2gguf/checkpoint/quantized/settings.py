@@ -13,6 +13,7 @@ from reap2gguf.messages import shown
 
 _MOST = 2**20  # columns or rows of a block
 _FLOAT_FORMATS = ("float-quantized", "naive-quantized")
+_E4M3 = ("e4m3", "float8_e4m3fn")  # DeepSeek-V3's name of the type, and MiniMax-M2's
 _PACKED_FORMAT = "pack-quantized"
 
 
@@ -47,7 +48,7 @@ def read_settings(config: Mapping[str, Any], where: str) -> Settings | None:
         return None
     method, read = section.get("quant_method"), ConfigReader(section, f"{where}: {key}")
     if method == "fp8":
-        read.expect("fmt", "e4m3", why=f"other bytes mean other numbers; {ADVICE}")
+        read.expect("fmt", *_E4M3, why=f"other bytes mean other numbers; {ADVICE}")
         return Settings(method, float8=_blocks(read, "weight_block_size"))
     if method == "mxfp4":
         return Settings(method)

@@ -38,7 +38,7 @@ from reap2gguf.observing.probe import mtp_probe
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from reap2gguf.verifying.memory import comparing_bytes
-from tests.building.builds import build, options, refuse_at, stop_before_export
+from tests.building.builds import PROSE, build, options, refuse_at, stop_before_export
 from tests.building.needs.machines import GIB, H100, LAPTOP, laptop, needs_on
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe, child_environment
 from tests.tokens import FULL_VOCAB
@@ -265,6 +265,34 @@ def test_a_plan_decides_like_the_sweep(shape: TinyQwen3Moe | TinyQwen35Moe, tmp_
     found = layer_bytes(plan.model, plan.checkpoint.tensors, 4, False)
     assert found == pytest.approx(layers, rel=0.001)  # some values stay float32 in any type
     assert needs.sweeps.budget == fit(need, "cpu", memory, "auto")
+
+
+def test_a_repair_takes_memory_of_its_own(tmp_path: Path, tiny: Path) -> None:
+    rows = CalibrationOptions(str(PROSE), samples=16, max_length=128)
+    unrepaired, *plans = (
+        make_plan(options(tiny, tmp_path / kind, calibration=rows, repair=kind))
+        for kind in ("none", "ridge", "scale")
+    )
+    plain = needs_on(unrepaired)
+    ridge, scale = (needs_on(plan) for plan in plans)
+    assert plain.repairing is None
+    assert ridge.repairing is not None
+    assert scale.repairing is not None
+    assert ridge.repairing.host_bytes > scale.repairing.host_bytes
+    assert ridge.repairing.hidden_bytes == 3 * plain.sweeps.hidden_bytes
+    assert ridge.memory_bytes >= ridge.repairing.host_bytes
+    on_gpu = needs_on(plans[0], H100)
+    assert on_gpu.repairing is not None
+    assert on_gpu.gpu_memory_bytes >= on_gpu.repairing.device_bytes > 0
+
+
+def test_a_repair_that_does_not_fit_is_a_problem(tmp_path: Path, tiny: Path) -> None:
+    rows = CalibrationOptions(str(PROSE), samples=16, max_length=128)
+    needs = needs_on(make_plan(options(tiny, tmp_path / "out", calibration=rows, repair="ridge")))
+    assert needs.fits
+    assert needs.repairing is not None
+    refused = replace(needs, repairing=replace(needs.repairing, budget=None, problem="no room"))
+    assert refused.problems == ["no room; or pass --repair scale, or none"]
 
 
 def test_a_limit_of_memory_that_is_too_small_is_a_problem(tmp_path: Path, tiny: Path) -> None:

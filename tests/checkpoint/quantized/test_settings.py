@@ -15,6 +15,10 @@ _FLOATS = {"num_bits": 8, "type": "float"}
     [
         (fp8_section((128, 128)), Settings("fp8", float8=Blocks(128, 128))),
         (fp8_section(None), Settings("fp8", float8=Blocks(None, None))),
+        (
+            fp8_section((128, 128)) | {"fmt": "float8_e4m3fn"},
+            Settings("fp8", float8=Blocks(128, 128)),
+        ),
         ({"quant_method": "mxfp4"}, Settings("mxfp4")),
         (
             compressed_section("float-quantized", strategy="channel", **_FLOATS),

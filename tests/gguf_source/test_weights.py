@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import ArtifactError
-from reap2gguf.evaluating.gguf_weights import GgufWeights
 from reap2gguf.gguf_files.reader import GgufHeader, GgufTensorInfo, read_gguf_header
+from reap2gguf.gguf_source.weights import GgufWeights
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.experts import ExpertLayout
 from reap2gguf.models.qwen3_moe import Qwen3Moe

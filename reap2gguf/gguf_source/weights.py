@@ -27,7 +27,6 @@ from reap2gguf.errors import ArtifactError
 from reap2gguf.ggml import holds_weights
 from reap2gguf.messages import shown
 from reap2gguf.models.gguf_keys import block_of
-from reap2gguf.models.table import describe
 from reap2gguf.quantizing.quantizer import load_quantizer
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ class GgufWeights(Weights):
         """`model` describes a checkpoint with the names and shapes of `template`.
 
         Raises ArtifactError if the file does not hold exactly the tensors that the model needs, and
-        what `describe` raises. A block for multi-token prediction may be missing.
+        what `MoeModel.of` raises. A block for multi-token prediction may be missing.
         """
         self.folder: Path = header.path
         self.config = dict(model.config)
@@ -109,7 +108,7 @@ class GgufWeights(Weights):
             for name, tensor in template.items()
             if name in names
         }
-        self.model = describe(self)
+        self.model = type(model).of(self)
         self._pieces = self._find_pieces()
         self._whole = _Whole(self._read_whole)
 
@@ -217,6 +216,11 @@ class GgufWeights(Weights):
         before = piece.matrix * piece.n_rows
         raw = self._header.read(info.name, before + first, before + last)
         return self._quantizer.dequantize(raw, info.tensor_type)
+
+    def kind(self, name: str) -> str:
+        first = self._pieces[name, 0][0]
+        kind: str = self._header.tensors[first.tensor.name].tensor_type.name
+        return kind
 
     def have_same_values(self, one: str, other: str) -> bool:
         return one == other  # a file that has an output matrix has it because it is another one
