@@ -11,7 +11,6 @@ from reap2gguf.exporting.header_facts import pruning_values
 from reap2gguf.gguf_source.checkpoint import GgufCheckpoint
 from reap2gguf.gguf_source.file import model_name
 from reap2gguf.gguf_source.writing import journal_path, planned, write_pruned_gguf
-from reap2gguf.hub.opened import GgufSource
 from reap2gguf.outputs import keep_inputs, output_file
 from reap2gguf.pruning.methods import merges
 
@@ -62,11 +61,10 @@ def prune_to_gguf(
     """
     checkpoint, source = opened.checkpoint, opened.source
     assert isinstance(checkpoint, GgufCheckpoint)
-    assert isinstance(source, GgufSource)
     facts = opened.model.facts
     history = read_history(checkpoint, facts, progress.note)
     earlier = None if history is None else history.after(pruned.kept)
-    own = pruning_values(source.file.name, method, facts.n_experts, pruned.kept, earlier=earlier)
+    own = pruning_values(source.gguf_name, method, facts.n_experts, pruned.kept, earlier=earlier)
     found = planned(checkpoint, pruned, output, model_name(output.name), own)
     keep_inputs([file.path for file in found.files], checkpoint.shards, source.folder)
     if not journal_path(output).exists():

@@ -125,7 +125,7 @@ def importance_bytes(model: MoeModel) -> int:
     batch's float32 sums before and after they are settled. Other matrices have one row of sums.
     """
     facts = model.facts
-    n_values = facts.n_experts * (facts.hidden_size + facts.expert_width)
+    n_values = facts.n_experts * (facts.expert_io_width + facts.expert_width)
     return n_values * (4 * len(facts.moe_layers) + 2 * 8 + 2 * 4)
 
 
@@ -168,7 +168,7 @@ class Kind:
         if self.on_gpu:
             return 0
         facts = self.model.facts
-        expert = 3 * facts.hidden_size * facts.expert_width * self.itemsize
+        expert = 3 * facts.expert_io_width * facts.expert_width * self.itemsize
         thread = THREAD_BYTES + expert * self.copies_experts
         return LIBRARY_BYTES + self.n_threads * thread + self.sums
 
@@ -210,9 +210,10 @@ def position_bytes(
     attention = widths * facts.hidden_size * itemsize
     if model.has_eager_attention:
         attention += _EAGER_COPIES * facts.n_heads * longest_row * itemsize
+    attention = max(attention, model.mixer_bytes())
     if not on_gpu:
         return attention  # a thread computes one expert at a time, which has few pairs
-    pair = 2 * facts.hidden_size + 4 * facts.expert_width
+    pair = 2 * facts.expert_io_width + 4 * facts.expert_width
     experts = facts.experts_per_token * pair * itemsize
     return max(attention, experts) + 8 * facts.hidden_size * itemsize
 

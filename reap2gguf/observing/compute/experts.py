@@ -92,13 +92,30 @@ def register() -> None:
 def watch(experts: torch.nn.Module, observer: ExpertsObserver) -> None:
     """Show `observer` the routed pairs of an experts module.
 
-    Raises UnsupportedModelError if the experts have no gate.
+    Raises UnsupportedModelError for a module that does not say whether its experts have a gate.
     """
-    if not getattr(experts, "has_gate", False):
+    if not hasattr(experts, "has_gate"):
         raise UnsupportedModelError(
-            f"{type(experts).__name__}: experts without a gate are not supported"
+            f"{type(experts).__name__}: experts of this kind are not supported"
         )
     setattr(experts, _OBSERVER, observer)
+
+
+def first_name(experts: Any) -> str:
+    """The parameter that the experts' inputs are multiplied with: without a gate it is another."""
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def first_matrices(experts: Any) -> Tensor:
+    """What the experts' inputs are multiplied with: (E, 2F, H), or (E, F, H) without a gate."""
+    weights: Tensor = getattr(experts, first_name(experts))
+    return weights
+
+
+def activated(experts: Any, products: Tensor) -> Tensor:
+    """What the down matrices multiply, (S, F), by the module's own code."""
+    found: Tensor = (experts._apply_gate if experts.has_gate else experts.act_fn)(products)
+    return found
 
 
 def observed_experts_forward(
@@ -156,8 +173,8 @@ def _all_at_once(
     inputs: Tensor | None = None
     input_squares, activation_squares = None, None
     # sums of squares come with copies of the tokens, which are then the quicker way
-    fetches = not with_squares and fused.is_swiglu(self)
-    if fetches and kernels.can_gate_up(hidden, self.gate_up_proj):
+    is_swiglu = self.has_gate and fused.is_swiglu(self)
+    if is_swiglu and not with_squares and kernels.can_gate_up(hidden, self.gate_up_proj):
         places, gates = kernels.placed(weights, order)
         top_k = weights.shape[-1]
         activations = kernels.gate_up(hidden, self.gate_up_proj, order, ends, top_k)
@@ -165,12 +182,12 @@ def _all_at_once(
         inputs, places, gates, input_squares = kernels.gather(
             hidden, weights, order, ends, with_squares
         )
-        gate_up = _grouped(self, "gate_up_proj", inputs, ends)  # (S, 2F)
-        if fused.is_swiglu(self):
-            activations, activation_squares = kernels.swiglu(gate_up, ends, with_squares)
+        products = _grouped(self, first_name(self), inputs, ends)  # (S, 2F)
+        if is_swiglu:
+            activations, activation_squares = kernels.swiglu(products, ends, with_squares)
         else:
-            activations = self._apply_gate(gate_up)
-        del gate_up
+            activations = activated(self, products)
+        del products
     outputs = _grouped(self, "down_proj", activations, ends)  # (S, H)
     norms = None
     if observer is not None and observer.wants_norms:
@@ -230,7 +247,7 @@ def _one_by_one(
         chosen = order[limits[expert] : limits[expert + 1]]
         tokens, gates = chosen // top_k, weights.reshape(-1)[chosen]
         inputs = hidden[tokens]
-        activations = self._apply_gate(product("gate_up_proj", expert, inputs))
+        activations = activated(self, product(first_name(self), expert, inputs))
         outputs = product("down_proj", expert, activations)
         if observer is not None:
             norms = kernels.norms_of(outputs) if observer.wants_norms else None
