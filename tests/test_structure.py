@@ -49,6 +49,25 @@ COVERED_BY = [
         "experts against bits, from Python and on the command line",
         ("api/budgeting.py", "terminal/budget_command.py"),
     ),
+    ("gguf_files/test_split.py", "names of parts", ("gguf_files/part_names.py",)),
+    ("fitting/test_probing.py", "the rows of probes", ("fitting/probe_text.py",)),
+    (
+        "building/test_weigh_stage.py",
+        "builds that weigh experts against bits, from their plans to their cards",
+        (
+            "building/observed.py",
+            "building/weighed.py",
+            "bundle/card_budget.py",
+            "fitting/counts.py",
+            "fitting/lines.py",
+            "verifying/budget.py",
+        ),
+    ),
+    (
+        "building/test_bundling.py",
+        "what is made of them",
+        ("building/bundle_options.py",),
+    ),
     (
         "choosing/test_candidates.py",
         "which observations rank candidates",
@@ -57,7 +76,10 @@ COVERED_BY = [
     (
         "merging/test_sweep.py",
         "whole merges",
-        ("merging/budget.py", "merging/capture.py", "merging/layer.py", "observing/narrowed.py"),
+        (
+            *("merging/budget.py", "merging/capture.py", "merging/layer.py"),
+            *("merging/room.py", "observing/narrowed.py"),
+        ),
     ),
     ("merging/test_alignment.py", "sums over tokens too", ("merging/statistics.py",)),
     ("merging/test_grouping.py", "groups are what a layer keeps", ("merging/merge.py",)),
@@ -176,7 +198,8 @@ COVERED_BY = [
         "building/test_prune_gguf.py",
         "the parts of a pruned file, compared with what pruned safetensors give",
         (
-            "gguf_source/checking.py", "gguf_source/header.py", "gguf_source/slices.py",
+            "gguf_source/checking.py", "gguf_source/header.py", "gguf_source/inspection.py",
+            "gguf_source/slices.py",
             "gguf_source/writing.py", "verifying/sliced.py",
         ),
     ),

@@ -50,6 +50,7 @@ class MoeModel(ABC):
     model_type: ClassVar[str]
     gguf_arch: ClassVar[str]  # general.architecture
     mtp_in_gguf: ClassVar[bool] = True  # whether GGUF files have a multi-token-prediction block
+    has_eager_attention: ClassVar[bool] = False  # transformers has no other of this architecture
     norm_module: ClassVar[str] = "norm"  # after the last layer, in transformers' model
     mtp_centers: ClassVar[bool] = False  # whether the MTP block's last norm takes off the mean
 
@@ -242,7 +243,7 @@ class MoeModel(ABC):
 
     @abstractmethod
     def expert_shapes(self, layer: int) -> Mapping[str, tuple[int, ...]]:
-        """Stored names and shapes of the experts of a MoE layer, one tensor per expert."""
+        """Stored names and shapes of the experts of a MoE layer: a tensor each, if they may be."""
 
     def renumbered(self, name: str, expert: int) -> str:
         """The stored name of a 2D expert tensor with another expert's number."""

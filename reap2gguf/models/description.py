@@ -192,6 +192,8 @@ class GgufTensor:
     always_f32: bool = False  # llama.cpp's converter never stores it in fewer bits
     transform: Transform | None = None  # applied to each slab's float32 values
     needs_f16: bool = False  # llama.cpp computes with it in F16, whatever its type
+    # of the blocks that the checkpoint has it in, where a GGUF file may hold the very same ones
+    block_type: GGMLQuantizationType | None = None
 
     @property
     def n_columns(self) -> int:
@@ -202,6 +204,10 @@ class GgufTensor:
     def n_matrices(self) -> int:
         """GGML's ne[2]: the experts of an expert tensor, else 1."""
         return self.shape[0] if len(self.shape) == 3 else 1
+
+    def is_copied_as(self, tensor_type: GGMLQuantizationType) -> bool:
+        """Whether a file in which it has this type holds the checkpoint's own blocks."""
+        return self.block_type is not None and tensor_type is self.block_type
 
     @property
     def never_quantized(self) -> bool:

@@ -375,7 +375,7 @@ class DecoderModel(MoeModel):
         return self.experts.weights(stored, self.layer_prefix(layer), layer, self.facts)
 
     def expert_shapes(self, layer: int) -> Mapping[str, tuple[int, ...]]:
-        return self.experts.apart(self.layer_prefix(layer), self.facts)
+        return self.experts.shapes(self.layer_prefix(layer), self.facts)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         sizes = self.sizes()

@@ -12,6 +12,7 @@ from reap2gguf.models.deepseek2 import DeepseekV2, DeepseekV3, Glm4MoeLite
 from reap2gguf.models.ernie4_5_moe import Ernie45Moe
 from reap2gguf.models.facts import COUNT_KEYS
 from reap2gguf.models.glm4_moe import Glm4Moe
+from reap2gguf.models.gpt_oss import GptOss
 from reap2gguf.models.granite_moe import GraniteMoe, GraniteMoeShared
 from reap2gguf.models.lfm2_moe import Lfm2Moe
 from reap2gguf.models.minimax_m2 import MiniMaxM2
@@ -34,6 +35,7 @@ ARCHITECTURES: dict[str, type[MoeModel]] = {
     "Ernie4_5_MoeForCausalLM": Ernie45Moe,
     "Glm4MoeForCausalLM": Glm4Moe,
     "Glm4MoeLiteForCausalLM": Glm4MoeLite,
+    "GptOssForCausalLM": GptOss,
     "GraniteMoeForCausalLM": GraniteMoe,
     "GraniteMoeSharedForCausalLM": GraniteMoeShared,
     "Lfm2MoeForCausalLM": Lfm2Moe,

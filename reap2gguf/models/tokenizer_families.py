@@ -125,6 +125,7 @@ _GRANITE = TokenizerFamily({(ONE_DIGIT, GPT2_PATTERN): "refact"}, space_prefix=T
 _FAMILIES: Mapping[str, TokenizerFamily] = {
     "glm4_moe": _GLM,
     "glm4_moe_lite": _GLM,
+    "gpt_oss": TokenizerFamily({O200K_STEPS: "gpt-4o"}),
     "lfm2_moe": TokenizerFamily({LLAMA3_STEPS: "lfm2"}),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,

@@ -55,12 +55,11 @@ class Tap:
         are not linear in `down_proj`.
         """
         watch(experts, watcher := _Unseen())
-        if getattr(experts, "is_transposed", False) or getattr(
-            experts, "has_post_expert_norm", False
-        ):
+        others = ("is_transposed", "has_bias", "has_post_expert_norm")
+        if any(getattr(experts, name, False) for name in others):
             raise UnsupportedModelError(
-                f"{type(experts).__name__}: {option} is not defined for experts with a norm after "
-                "them, or whose matrices transformers keeps transposed; leave it out"
+                f"{type(experts).__name__}: {option} is not defined for experts with biases or a "
+                "norm after them, or whose matrices transformers keeps transposed; leave it out"
             )
         self._watcher = watcher
         self._parts: dict[int, tuple[Tensor, ...]] = {}  # by the first position of a slice
