@@ -194,6 +194,8 @@ class GgufTensor:
     needs_f16: bool = False  # llama.cpp computes with it in F16, whatever its type
     # of the blocks that the checkpoint has it in, where a GGUF file may hold the very same ones
     block_type: GGMLQuantizationType | None = None
+    # values that follow from the config, and are not stored: the slab says what of it they follow
+    made: tuple[float, ...] | None = None
 
     @property
     def n_columns(self) -> int:
@@ -215,6 +217,12 @@ class GgufTensor:
         one_row = all(size == 1 for size in self.shape[:-1])
         is_weight = self.name.endswith(".weight")
         return one_row or not is_weight or any(part in self.name for part in _NEVER_QUANTIZED)
+
+
+def made_tensor(name: str, values: Floats, source: str) -> GgufTensor:
+    """A GGUF tensor of values that follow from the config, by `source`, and are not stored."""
+    made = tuple(float(value) for value in values.flat)
+    return GgufTensor(name, values.shape, (Slab(source),), always_f32=True, made=made)
 
 
 @dataclass(frozen=True)

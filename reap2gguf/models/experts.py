@@ -59,6 +59,11 @@ class ExpertLayout:
         return tuple(projection for projection in self.projections if projection != "down")
 
     @property
+    def is_fused(self) -> bool:
+        """Whether gate and up are one tensor in GGUF too, and experts are never one tensor each."""
+        return "gate_up" in self.projections
+
+    @property
     def _path_apart(self) -> str:
         return self.path_apart or self.path
 
@@ -74,7 +79,7 @@ class ExpertLayout:
     @cached_property
     def _apart(self) -> dict[str, Projection]:
         """What 2D tensors end with, `.weight` left out."""
-        return {self.stored_name(p): p for p in self.projections if p != "gate_up"}
+        return {} if self.is_fused else {self.stored_name(p): p for p in self.projections}
 
     @cached_property
     def _fused(self) -> dict[str, tuple[Projection, Part]]:
@@ -121,7 +126,7 @@ class ExpertLayout:
 
     def shapes(self, prefix: str, facts: ModelFacts) -> dict[str, tuple[int, ...]]:
         """Stored names and shapes of a layer's experts: one tensor each (2D), if they may be."""
-        if self.module_is_as_stored:
+        if self.module_is_as_stored or self.is_fused:
             return self._fused_shapes(f"{prefix}{self.path}.", facts)
         return {
             f"{prefix}{self._path_apart}.{expert}.{name}.weight": _matrix(projection, facts)
@@ -150,6 +155,8 @@ class ExpertLayout:
         fused = self.fused(projection)
         plain = f"{prefix}{self.path}.{self.stored_name(fused)}"
         name = _with_suffix(stored, plain)
+        if name is None and self.is_fused:
+            raise missing(plain)
         if name is None:
             base, own = prefix + self._path_apart, self.stored_name(projection)
             others = (f"{prefix}{self.path}.{other}" for other in self._fused)

@@ -63,7 +63,7 @@ _KNOWN = frozenset(
 class Rope:
     """A rotary embedding."""
 
-    kind: str  # default, linear or yarn
+    kind: str  # default, linear or yarn; or one that a family reads by itself
     theta: float
     factor: float  # the context is longer than the original one by this
     values: ConfigReader  # all settings, as transformers has them
@@ -88,7 +88,7 @@ class Rope:
         keys = Keys.Rope
         numbers: list[tuple[str, float]] = [(keys.FREQ_BASE, self.theta)]
         scaling: list[tuple[str, Any, GGUFValueType]] = []
-        if self.kind != "default":
+        if self.kind in _SCALINGS:
             name = _SCALINGS[self.kind].value
             scaling.append((keys.SCALING_TYPE, name, GGUFValueType.STRING))
             numbers.append((keys.SCALING_FACTOR, self.factor))

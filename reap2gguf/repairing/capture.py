@@ -232,9 +232,14 @@ def _compared(sides: Sides, batch: Batch, hidden: Tensor, pruned: Tap, original:
     original.expect(real)
     sides.pruned.run_layer(sides.index, hidden.view(shape))
     inputs, index, gates, output = pruned.take()
-    block = sides.original_layer.get_submodule(sides.path.rpartition(".")[0])
-    entering = pruned.take_entering().view(shape)
-    sides.original.by_rows(lambda rows: block(entering[rows]), entering)
+    if path := sides.path.rpartition(".")[0]:
+        block = sides.original_layer.get_submodule(path)
+        entering = pruned.take_entering().view(shape)
+        sides.original.by_rows(lambda rows: block(entering[rows]), entering)
+    else:
+        # the layer itself holds router and experts; its attention has the pruned layer's weights
+        pruned.take_entering()
+        sides.pruned.run_layer(sides.index, hidden.view(shape), sides.original_layer)
     original.take_entering()
     return inputs, index, gates, output, original.take()[3]
 

@@ -92,7 +92,10 @@ class _NormKind:
 def _norm_of(module: Any) -> _NormKind | None:
     recipe = _norm_recipe(type(module))  # type: ignore[arg-type]
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    return _NormKind(eps, *recipe) if recipe is not None and isinstance(eps, float) else None
+    # some have no weight, and only divide
+    if recipe is None or not isinstance(eps, float) or getattr(module, "weight", None) is None:
+        return None
+    return _NormKind(eps, *recipe)
 
 
 def _norm(
