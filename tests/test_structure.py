@@ -27,6 +27,11 @@ MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 
 # Modules without a test file of their own name: the file that tests them, why there, and which.
 COVERED_BY = [
+    (
+        "tokenizer/test_sentencepiece.py",
+        "vocabularies of characters that are broken",
+        ("tokenizer/character_bpe.py",),
+    ),
     ("quantizing/ik/test_workers.py", "the program that they run", ("quantizing/ik/worker.py",)),
     (
         "building/test_fit_stage.py",
@@ -48,6 +53,25 @@ COVERED_BY = [
         "fitting/test_trading.py",
         "experts against bits, from Python and on the command line",
         ("api/budgeting.py", "terminal/budget_command.py"),
+    ),
+    ("gguf_files/test_split.py", "names of parts", ("gguf_files/part_names.py",)),
+    ("fitting/test_probing.py", "the rows of probes", ("fitting/probe_text.py",)),
+    (
+        "building/test_weigh_stage.py",
+        "builds that weigh experts against bits, from their plans to their cards",
+        (
+            "building/observed.py",
+            "building/weighed.py",
+            "bundle/card_budget.py",
+            "fitting/counts.py",
+            "fitting/lines.py",
+            "verifying/budget.py",
+        ),
+    ),
+    (
+        "building/test_bundling.py",
+        "what is made of them",
+        ("building/bundle_options.py",),
     ),
     (
         "choosing/test_candidates.py",

@@ -106,6 +106,14 @@ def free_tensors(tensors: Sequence[GgufTensor]) -> list[GgufTensor]:
     return [tensor for tensor in tensors if fixed_type(tensor, some) is None]
 
 
+def fixed_types(overrides: tuple[Rule, ...], problem: Problem) -> dict[str, Type]:
+    """The tensors that the user's own rules give types, and these types."""
+    if not overrides:
+        return {}
+    given = problem.resolve(load_recipe(_SOME).with_overrides(overrides))
+    return {one.tensor.name: one.tensor_type for one in given.table if one.rule is not None}
+
+
 def fixed_bytes(tensors: Sequence[GgufTensor]) -> int:
     """Bytes of all other tensors, with what lies between them in a file."""
     some = load_recipe(_SOME)
@@ -120,17 +128,23 @@ def tensor_bytes(tensor: GgufTensor, tensor_type: Type) -> int:
 
 
 def fit(
-    named: Named, problem: Problem, errors: Errors, types: Sequence[Type], budget: int
+    named: Named,
+    problem: Problem,
+    errors: Errors,
+    types: Sequence[Type],
+    budget: int,
+    weights: Mapping[str, float] | None = None,
 ) -> Fitted:
     """The recipe with the least damage, whose tensors have at most `budget` bytes.
 
-    `errors` has the tensors whose types are a choice, and each one's possible types among `types`.
-    Raises UsageError if the budget is too small, and RecipeError if the types do not fit into
-    rules.
+    `weights` are those of each tensor's error; None: of its kind. `errors` has the tensors whose
+    types are a choice, and each one's possible types among `types`. Raises UsageError if the budget
+    is too small, and RecipeError if the types do not fit into rules.
     """
     free = problem.free
     columns = [*types, *sorted({*problem.fixed.values()} - {*types})]
-    weights = sensitivities(tensor.name for tensor in free)
+    if weights is None:
+        weights = sensitivities(tensor.name for tensor in free)
     shape = len(free), len(columns)
     sizes, damages = np.zeros(shape, np.int64), np.full(shape, np.inf)
     for row, tensor in enumerate(free):

@@ -77,6 +77,9 @@ class DecoderModel(MoeModel):
     count_keys: ClassVar[tuple[str, ...]] = ("num_experts", "num_local_experts")
     width_key: ClassVar[str] = WIDTH_KEY  # the config's name of an expert's width
     chosen_key: ClassVar[str] = CHOSEN_KEY  # and of the number of experts per token
+    # the key of the activation of feed-forward layers, the only value, and what is computed by it
+    activation: ClassVar[tuple[str, str, str]] = ("hidden_act", "silu", "SwiGLU")
+    has_layer_sizes: ClassVar[bool] = False  # whether `per_layer_config` is read
     fact_keys: ClassVar[tuple[str, ...]] = FACT_KEYS  # may not be null, and have one value
     # transformers' values of absent keys, where they are not those of most families
     defaults: ClassVar[Mapping[str, int]] = {}
@@ -152,7 +155,8 @@ class DecoderModel(MoeModel):
         """Refuse, by name, what no family here does, and a fact with two values."""
         read, section = self.text, ".".join(self.text_sections) if self.is_nested else ""
         refuse_contradictions(self.reader, read, section, self.fact_keys)
-        read.expect("hidden_act", "silu", why=f"llama.cpp's {self.gguf_arch} computes SwiGLU")
+        key, value, name = self.activation
+        read.expect(key, value, why=f"llama.cpp's {self.gguf_arch} computes {name}")
         if not self.has_attention_biases:
             read.expect("attention_bias", False, why="attention biases are not implemented")
         if read.values.get("pad_token_id") is not None:
@@ -160,7 +164,7 @@ class DecoderModel(MoeModel):
             vocab = read.integer("vocab_size", low=1, high=MAX_VOCABULARY)
             read.integer("pad_token_id", low=-vocab, high=vocab - 1)
         for reader in (self.reader, read):
-            refuse_hidden_effects(reader)
+            refuse_hidden_effects(reader, self.has_layer_sizes and reader is read)
 
     def common_facts(self, moe_layers: Sequence[int], has_mtp: bool = False) -> ModelFacts:
         """The facts, read from the keys under which most configs have them."""
@@ -179,7 +183,7 @@ class DecoderModel(MoeModel):
 
     def config_values(self) -> dict[str, Any]:
         return {
-            **config_values(self.facts),
+            **config_values(self.facts, self.chosen_key),
             self.count_keys[0]: self.facts.n_experts,
             self.width_key: self.facts.expert_width,
             self.epsilon[0]: read_epsilon(self.text, *self.epsilon),
@@ -375,7 +379,7 @@ class DecoderModel(MoeModel):
         return self.experts.weights(stored, self.layer_prefix(layer), layer, self.facts)
 
     def expert_shapes(self, layer: int) -> Mapping[str, tuple[int, ...]]:
-        return self.experts.apart(self.layer_prefix(layer), self.facts)
+        return self.experts.shapes(self.layer_prefix(layer), self.facts)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         sizes = self.sizes()

@@ -57,13 +57,19 @@ def check_with_transformers(model: MoeModel) -> None:
         raise UnsupportedModelError(
             f"{model.reader.where}: transformers cannot read the config ({reason}); correct it"
         ) from error
-    for key, ours in model.config_values().items():
+    _compare(model, config, model.config_values())
+    for layer, values in model.config_values_of_layers().items():
+        _compare(model, config.per_layer_config[layer], values, f" of layer {layer}")
+
+
+def _compare(model: MoeModel, config: Any, values: Mapping[str, Any], what: str = "") -> None:
+    for key, ours in values.items():
         theirs = getattr(config, key, ours)
         if theirs != ours:
             raise UnsupportedModelError(
-                f"{model.reader.where}: {key} is read as {shown(ours)} here and as {shown(theirs)} "
-                "by transformers; state it in config.json where this version of transformers "
-                "looks for it"
+                f"{model.reader.where}: {key}{what} is read as {shown(ours)} here and as "
+                f"{shown(theirs)} by transformers; state it in config.json where this version of "
+                "transformers looks for it"
             )
 
 

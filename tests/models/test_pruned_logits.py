@@ -86,7 +86,7 @@ def barred(whole: Any, model: MoeModel, kept: Kept) -> Iterator[None]:
         if rest.endswith("bias"):
             with torch.no_grad():
                 tensor[..., is_dropped] = -torch.inf
-        else:
+        elif tensor.ndim == 2:  # else it scales what chosen experts give
             dropped[id(tensor)] = is_dropped
     linear = torch.nn.functional.linear
 
