@@ -193,7 +193,7 @@ def prune(
         if opened.checkpoint.gguf is not None:
             from reap2gguf.building.prune_gguf import check_output
 
-            check_output(output, repair, dequantize)
+            check_output(output, method, repair, dequantize)
         elif output.exists():
             raise OutputError(f"{output}: exists already; pass another output or move it away")
         checkpoint = opened.checkpoint if dequantize is None else opened.checkpoint.dequantized()
@@ -342,7 +342,7 @@ def _export(
 ) -> None:
     """Write one GGUF file; its journal lies beside it until it is complete."""
     from reap2gguf.atomic import remove
-    from reap2gguf.building.keys import export_key
+    from reap2gguf.building.keys import export_key, ik_identity
     from reap2gguf.exporting.header_facts import HeaderNames
     from reap2gguf.exporting.journal import ExportJournal
     from reap2gguf.exporting.model_files import export_model
@@ -355,7 +355,7 @@ def _export(
     name = opened.source.short_name
     fingerprint = opened.checkpoint.fingerprint()
     identity = ("", "") if weighted_by is None else (weighted_by.file, weighted_by.digest())
-    key = export_key(fingerprint, name, recipe.source, *identity)
+    key = export_key(fingerprint, name, recipe.source, *identity, *ik_identity([recipe]))
     path = output.with_name(f"{output.name}.journal")
     files = {output: recipe}
     journal = ExportJournal(path, key)

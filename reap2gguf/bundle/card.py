@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf.bundle.card_budget import budget_section
 from reap2gguf.bundle.card_calibration import (
     at_revision,
     calibration_facts,
@@ -108,6 +109,7 @@ GGUF files for llama.cpp, Ollama and LM Studio are in {names.link(names.gguf)}."
         f"## In numbers\n\n{_facts_table(manifest)}",
         use,
         quality_section(manifest, of_files=False),
+        budget_section(manifest),
         candidates_section(manifest),
         experts_section(manifest),
         caveats_section(manifest, ()),
@@ -174,7 +176,12 @@ def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> st
     `samples` says whether the model's generation config recommends a sampling.
     """
     weights = ""
-    if manifest.hf is None:
+    if manifest.source.gguf is not None:
+        weights = (
+            f"These files were made from the GGUF file {code(manifest.source.gguf.file)}: there "
+            "are no safetensors of them."
+        )
+    elif manifest.hf is None:
         weights = f"For transformers and vLLM, use the safetensors of {_source_link(manifest)}."
     elif names.on_hub:
         weights = f"For transformers and vLLM, the safetensors are in {names.link(names.hf)}."
@@ -187,6 +194,7 @@ def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> st
         f"{imatrix_text(manifest)}{check}",
         use_section(manifest, names, samples),
         quality_section(manifest, of_files=True),
+        budget_section(manifest),
         candidates_section(manifest),
         experts_section(manifest),
         f"## In numbers\n\n{_facts_table(manifest)}",

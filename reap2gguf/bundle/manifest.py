@@ -20,6 +20,7 @@ from reap2gguf.bundle.bounds import (
     layer_number,
     layer_tokens,
 )
+from reap2gguf.bundle.budget import BudgetRecord, budget_of_json
 from reap2gguf.bundle.choice import ChoiceRecord, choice_of
 from reap2gguf.bundle.evaluation import Evaluation, evaluation_of
 from reap2gguf.bundle.layout import MANIFEST_FILE, PICTURES
@@ -31,6 +32,7 @@ from reap2gguf.bundle.records import (
     EarlierPruning,
     FileRecord,
     FolderRecord,
+    GgufOrigin,
     GgufRecord,
     ImportanceRecord,
     MergedLayerRecord,
@@ -58,6 +60,7 @@ __all__ = [
     "EarlierPruning",
     "FileRecord",
     "FolderRecord",
+    "GgufOrigin",
     "GgufRecord",
     "ImportanceRecord",
     "Manifest",
@@ -101,7 +104,7 @@ class Manifest:
     source: SourceRecord
     pruning: PruningRecord
     calibration: CalibrationRecord
-    hf: FolderRecord | None  # None: nothing was pruned, and the source's safetensors are not copied
+    hf: FolderRecord | None  # None: nothing was pruned, or the source is a GGUF file
     gguf: Sequence[GgufRecord]
     side_files: Sequence[SideRecord] = field(default_factory=tuple)
     verification: Mapping[str, Any] = field(default_factory=dict)
@@ -113,6 +116,7 @@ class Manifest:
     evaluation: Evaluation | None = None  # None: quality was not measured
     has_observations: bool = False  # whether the GGUF folder has those of `pruning`
     choice: ChoiceRecord | None = None  # None: the method was named, or nothing was pruned
+    budget: BudgetRecord | None = None  # None: the number of experts was named
     pictures: Sequence[str] = ()  # in the GGUF folder, some of them also beside the safetensors
 
     @property
@@ -127,6 +131,8 @@ class Manifest:
     @property
     def n_parameters(self) -> int:
         """Parameters of the model in the bundle; with all experts, those of the source."""
+        if self.source.gguf is not None:
+            return self.source.gguf.n_parameters
         return self.source.n_parameters if self.hf is None else self.hf.n_parameters
 
     @property
@@ -206,6 +212,8 @@ def _decode(values: dict[str, Any]) -> Manifest:
     source = dict(values["source"])
     if source.get("earlier") is not None:
         source["earlier"] = _earlier_pruning(source["earlier"])
+    if source.get("gguf") is not None:
+        source["gguf"] = _record(GgufOrigin, source["gguf"])
     calibration = dict(values["calibration"])
     calibration["components"] = component_records(calibration["components"])
     if (covered := calibration.get("imatrix_coverage")) is not None:
@@ -228,6 +236,7 @@ def _decode(values: dict[str, Any]) -> Manifest:
         evaluation=_evaluation(values.get("evaluation")),
         has_observations=_flag("has_observations", values.get("has_observations", False)),
         choice=_choice(values.get("choice")),
+        budget=_budget(values.get("budget")),
         pictures=_pictures(values.get("pictures", [])),
         made_with=_made_with(values.get("made_with", {})),
         written_by=_version(values.get("written_by", "")),
@@ -281,6 +290,14 @@ def _choice(values: Any) -> ChoiceRecord | None:
     if not isinstance(values, dict):
         raise TypeError(f"choice is {shown(values)}, expected a record")
     return choice_of(values)
+
+
+def _budget(values: Any) -> BudgetRecord | None:
+    if values is None:
+        return None
+    if not isinstance(values, dict):
+        raise TypeError(f"budget is {shown(values)}, expected a record")
+    return budget_of_json(values)
 
 
 def _flag(name: str, value: Any) -> bool:

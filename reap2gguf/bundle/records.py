@@ -26,6 +26,14 @@ class EarlierPruning:
 
 
 @dataclass(frozen=True)
+class GgufOrigin:
+    """A source that is a GGUF file."""
+
+    file: str  # FILE.gguf, or owner/name:FILE.gguf
+    n_parameters: int  # of the model in the bundle, which has no safetensors
+
+
+@dataclass(frozen=True)
 class SourceRecord:
     """The checkpoint that was pruned."""
 
@@ -36,6 +44,20 @@ class SourceRecord:
     n_parameters: int
     n_bytes: int
     earlier: EarlierPruning | None = None
+    gguf: GgufOrigin | None = None  # None: safetensors
+
+    @property
+    def name(self) -> str:
+        """What --source takes: the folder or repository, or the GGUF file."""
+        return self.label if self.gguf is None else self.gguf.file
+
+    @property
+    def at_commit(self) -> str | None:
+        """The same of a model on the Hub, at its commit; None for what was a folder or a file."""
+        if self.revision is None:
+            return None
+        file = "" if self.gguf is None else f":{self.gguf.file.rpartition(':')[2]}"
+        return f"{self.label}@{self.revision}{file}"
 
 
 @dataclass(frozen=True)

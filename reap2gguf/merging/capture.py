@@ -64,7 +64,7 @@ def capture(
     found, every = Captured(experts, None, 0), max(1, -(-total // SAMPLES))  # type: ignore[arg-type]
     observer = SaliencyObserver(decoder.model)
     observer.use(decoder.device)
-    with closing(Tap(experts.module, option)) as tap:
+    with closing(Tap(experts.module, option=option)) as tap:
         observer.attach(index, module)
         for number, batch in enumerate(batches):
             following = batches[number + 1].span if number + 1 < len(batches) else None
@@ -79,7 +79,8 @@ def capture(
     waiting.flush()
     if not found.n_tokens:
         raise ObservationError(f"no rows are left; {decoder.why_not_finite(index)}")
-    observer.finish(index, [one.cpu() for one in observer.sums()], [*observer.peaks()])
+    sums_of_layer = [one.cpu() for one in observer.sums()]
+    observer.finish(index, sums_of_layer, [one.cpu() for one in observer.peaks()])
     found.seen = observer.layers[index]
     return found
 

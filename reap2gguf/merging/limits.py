@@ -33,6 +33,11 @@ def check_mergeable(model: MoeModel, method: str) -> None:
             f"{name}: --method {method} is not defined for experts that transformers keeps in the "
             "layout they are stored in; choose a --method that removes experts"
         )
+    if model.scales_experts:
+        raise UnsupportedModelError(
+            f"{name}: --method {method} is not defined for experts that the router gives a factor "
+            "each, and that see other inputs than it; choose a --method that removes experts"
+        )
     if not merged_layers(model):
         raise UnsupportedModelError(
             f"{name}: only the multi-token-prediction block has experts, and --method {method} "
@@ -69,6 +74,12 @@ def check_merge(
         raise UsageError(
             f"--method {method}: the model is a GGUF file, and merged experts cannot be stored "
             "among its blocks; pass the safetensors that it was made from"
+        )
+    projections = model.expert_tensors(merged_layers(model)[0], weights.tensors)
+    if model.facts.latent_width or set(projections) != {"gate", "up", "down"}:
+        raise UnsupportedModelError(
+            f"{model.facts.architecture}: --method {method} is not defined for experts without a "
+            "gate, or that work on a narrower latent; choose a --method that removes experts"
         )
     if weights.stored is not weights:
         raise UsageError(

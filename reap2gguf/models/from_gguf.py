@@ -27,6 +27,7 @@ from reap2gguf.models.description import (
     experts_of,
 )
 from reap2gguf.models.gguf_keys import GgufKeys, block_of
+from reap2gguf.models.rope import NOTHING
 
 if TYPE_CHECKING:
     from reap2gguf.gguf_files.reader import GgufHeader
@@ -166,14 +167,20 @@ def trunk_layers(keys: GgufKeys) -> tuple[int, int]:
     return n_blocks - n_mtp, n_mtp
 
 
-def common_config(keys: GgufKeys, scores: int = 1, n_kv_heads: int | None = None) -> dict[str, Any]:
+def common_config(
+    keys: GgufKeys,
+    scores: int = 1,
+    n_kv_heads: int | None = None,
+    epsilon_key: str = Keys.Attention.LAYERNORM_RMS_EPS,
+) -> dict[str, Any]:
     """The values of a config that most decoders have, rotary embedding included.
 
     `scores` is llama.cpp's number of what the router makes of its logits: 1 is a softmax.
-    `n_kv_heads`: where not all layers have attention (`kv_heads_by_layer`).
+    `n_kv_heads`: where not all layers have attention (`kv_heads_by_layer`). `epsilon_key` has what
+    norms add.
     """
     attention = Keys.Attention
-    found = headless_config(keys, scores)
+    found = headless_config(keys, scores, epsilon_key)
     n_heads = found["num_attention_heads"]
     # llama.cpp's values of absent keys
     share = max(1, found["hidden_size"] // n_heads)
@@ -184,8 +191,16 @@ def common_config(keys: GgufKeys, scores: int = 1, n_kv_heads: int | None = None
     return {**found, "head_dim": head_dim, "num_key_value_heads": n_kv_heads}
 
 
-def headless_config(keys: GgufKeys, scores: int = 1) -> dict[str, Any]:
-    """The same values but for the sizes of heads, and the number of those of keys and values."""
+def headless_config(
+    keys: GgufKeys,
+    scores: int = 1,
+    epsilon_key: str = Keys.Attention.LAYERNORM_RMS_EPS,
+    unread: Mapping[str, float] = NOTHING,
+) -> dict[str, Any]:
+    """The same values but for the sizes of heads, and the number of those of keys and values.
+
+    `unread`: settings of YaRN that the model has, though llama.cpp reads no key for them.
+    """
     llm, attention = Keys.LLM, Keys.Attention
     n_experts = keys.integer(llm.EXPERT_COUNT, 2, MAX_EXPERTS)
     vocab = keys.rows(EMBEDDING)
@@ -206,8 +221,8 @@ def headless_config(keys: GgufKeys, scores: int = 1) -> dict[str, Any]:
         "num_experts": n_experts,
         "num_experts_per_tok": keys.integer(llm.EXPERT_USED_COUNT, 1, n_experts),
         "num_hidden_layers": trunk_layers(keys)[0],
-        "rms_norm_eps": keys.number(attention.LAYERNORM_RMS_EPS, 0, 1),
-        "rope_parameters": rope_values(keys),
+        "rms_norm_eps": keys.number(epsilon_key, 0, 1),
+        "rope_parameters": rope_values(keys, unread),
         "tie_word_embeddings": OUTPUT not in keys.tensors,
         "vocab_size": vocab,
     }
@@ -255,8 +270,11 @@ def expert_width(keys: GgufKeys) -> int:
     return max(1, dense // keys.integer(llm.EXPERT_USED_COUNT, 1, MAX_EXPERTS))
 
 
-def rope_values(keys: GgufKeys) -> dict[str, Any]:
-    """`rope_parameters` of a header: llama.cpp's scaling, the way transformers says it."""
+def rope_values(keys: GgufKeys, unread: Mapping[str, float] = NOTHING) -> dict[str, Any]:
+    """`rope_parameters` of a header: llama.cpp's scaling, the way transformers says it.
+
+    `unread`: as `headless_config` has it.
+    """
     rope = Keys.Rope
     theta = keys.number(rope.FREQ_BASE, 0, _LARGEST, default=_THETA)
     # llama.cpp's value of an absent key is linear, with no factor
@@ -276,9 +294,10 @@ def rope_values(keys: GgufKeys) -> dict[str, Any]:
             "or yarn"
         )
     for key, (name, fixed) in _YARN_FIXED.items():
-        keys.expect(key, fixed, why="YaRN is computed with this in this architecture")
+        value = unread.get(name, fixed)
+        keys.expect(key, value, why="YaRN is computed with this in this architecture")
         if keys.has(key):
-            found[name] = fixed
+            found[name] = value
     implied = 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0
     context = keys.integer(Keys.LLM.CONTEXT_LENGTH, 1, _LARGEST)
     original = rope.SCALING_ORIG_CTX_LEN

@@ -208,7 +208,8 @@ class _RepairRun(Sweep):
 
     def _fit(self, sides: Sides) -> None:
         """Fit a layer and write its file."""
-        work, decoder, shape = self.work, self.decoder, self.spool.shape
+        work, decoder = self.work, self.decoder
+        shape = (self.spool.shape[0], decoder.model.facts.expert_io_width)
         kind, where = work.plan.sweep.budget.spool, (decoder.dtype, decoder.device)
         with (
             closing(open_spool(kind, shape, *where, work.options.scratch)) as inputs,

@@ -14,9 +14,11 @@ from reap2gguf.errors import UsageError
 from reap2gguf.fitting.card import RESERVE, card_use
 from tests.exporting.files import export_files, plain
 from tests.families.glm import TinyGlm4Moe
+from tests.families.kimi_linear import TinyKimiLinear
 from tests.families.lfm2 import TinyLfm2Moe
 from tests.families.mixtral import TinyMixtral
 from tests.families.mla import TinyMla
+from tests.families.nemotron import TinyNemotronH
 from tests.families.qwen3_next import TinyQwen3Next
 from tests.models.oracles import planned
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
@@ -29,6 +31,8 @@ MODELS: dict[str, Any] = {
     "lfm2": TinyLfm2Moe(),
     "mixtral": TinyMixtral(),
     "mla": TinyMla(),
+    "nemotron": TinyNemotronH(pattern="MEM*E", latent=48, mtp=True),
+    "kimi-linear": TinyKimiLinear(),
 }
 _CACHE = re.compile(r"llama_kv_cache: size = +([\d.]+) MiB")
 _STATE = re.compile(r"llama_memory_recurrent: size = +([\d.]+) MiB")

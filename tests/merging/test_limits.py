@@ -16,18 +16,25 @@ from reap2gguf.merging.limits import check_merge, check_mergeable, merged_layers
 from reap2gguf.models.table import describe
 from reap2gguf.pruning.protection import Protection, read_pinned
 from reap2gguf.pruning.select import choose_target
+from tests.families import nemotron
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 
-def a_model(layers: tuple[int, ...], mtp_layer: int | None, is_as_stored: bool = False) -> Any:
+def a_model(
+    layers: tuple[int, ...], mtp_layer: int | None, is_as_stored: bool = False, scales: bool = False
+) -> Any:
     facts = SimpleNamespace(moe_layers=layers, mtp_layer=mtp_layer, architecture="SomeMoe")
-    return cast(Any, SimpleNamespace(facts=facts, module_is_as_stored=is_as_stored))
+    return cast(
+        Any,
+        SimpleNamespace(facts=facts, module_is_as_stored=is_as_stored, scales_experts=scales),
+    )
 
 
 @pytest.mark.parametrize(
     ("model", "problem"),
     [
         (a_model((1, 2), None, is_as_stored=True), "SomeMoe: --method ream is not defined"),
+        (a_model((1, 2), None, scales=True), "experts that the router gives a factor each"),
         (a_model((2,), 2), "SomeMoe: only the multi-token-prediction block has experts"),
     ],
 )
@@ -78,3 +85,12 @@ def test_the_experts_that_are_protected(tmp_path: Path) -> None:
         assert found.all == {1: (5,)}
         with pytest.raises(UsageError, match="reads none"):
             check_merge(checkpoint, model, "ream", target, Protection((), True), 16)
+
+
+def test_experts_without_a_gate_are_refused(tmp_path: Path) -> None:
+    folder = nemotron.NANO.write(tmp_path / "model")
+    with Checkpoint.open(folder) as checkpoint:
+        model = describe(checkpoint)
+        target = choose_target(model.facts, model.facts.n_experts // 2, None)
+        with pytest.raises(UnsupportedModelError, match="experts without a gate"):
+            check_merge(checkpoint, model, "ream", target, Protection(), 16)

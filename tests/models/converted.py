@@ -22,7 +22,7 @@ from gguf import GGUFReader
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.models.description import SideFile
 from reap2gguf.models.table import describe
-from tests.models.layouts import LAYOUTS
+from tests.models.layouts import LAYOUTS, RECORDED, Case
 from tests.tiny import REPOSITORY, child_environment
 
 FOLDER = REPOSITORY / "tests" / "data" / "converted"
@@ -83,15 +83,18 @@ def _short(value: Any) -> Any:
     return value
 
 
-def record(source: Path, architecture: str, layout: str) -> dict[str, Any]:
+def record(source: Path, case: Case) -> dict[str, Any]:
     """What llama.cpp's converter makes of one layout, by kind of file."""
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = LAYOUTS[architecture][layout].write(Path(scratch) / "model")
+        folder = case.tiny.write(Path(scratch) / "model")
+        config = folder / "config.json"
+        # of which it asks transformers, which knows the type by the model's own code only
+        config.write_text(config.read_text().replace('"kimi_k2"', '"deepseek_v3"'))
         kinds = KINDS | ({PROJECTOR: _PROJECTOR_KIND} if side_files(folder) else {})
         for kind, file_type in kinds.items():
             output = Path(scratch) / f"{kind}.gguf"
-            found[kind] = convert(source, folder, file_type, output, architecture)
+            found[kind] = convert(source, folder, file_type, output, case.architecture)
     return found
 
 
@@ -109,15 +112,14 @@ def convert(
 
 
 def main() -> None:
-    """Record the first layout of every architecture, or of those that are named."""
+    """Record the published layouts of every architecture, or of those that are named."""
     source, *chosen = sys.argv[1:]
-    for architecture in chosen or LAYOUTS:
-        layout = next(iter(LAYOUTS[architecture]))
+    for case in (case for case in RECORDED if case.architecture in (chosen or LAYOUTS)):
         try:
-            found = record(Path(source), architecture, layout)
+            found = record(Path(source), case)
         except subprocess.CalledProcessError as error:
-            raise SystemExit(f"{architecture}: {error.stderr.decode()[-2000:]}") from error
-        path = FOLDER / f"{architecture}.json"
+            raise SystemExit(f"{case}: {error.stderr.decode()[-2000:]}") from error
+        path = FOLDER / f"{case.record}.json"
         parts = [("keys", found["F32"]["keys"])]
         parts += [(kind, one["tensors"]) for kind, one in found.items()]
         if PROJECTOR in found:

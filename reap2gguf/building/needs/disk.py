@@ -103,13 +103,13 @@ def disk_needs(
     facts = plan.model.facts
     companions = sum(file.stat().st_size for file in companion_files(plan.source.folder))
     companions += plan.source.later_bytes
-    columns = 2 * facts.hidden_size + facts.expert_width
+    columns = 2 * facts.expert_io_width + facts.expert_width
     imatrix = 2 * 4 * len(facts.moe_layers) * (plan.target.n_kept + _COUNTED) * columns
     files = sum(recipe.n_bytes for recipe in plan.recipes)
     files += sum(side_bytes(side) for side in plan.side_files)
     observed = _OBSERVED_BYTES * facts.n_experts * len(facts.moe_layers)
     if plan.takes_sums:  # gate and up share theirs
-        width = facts.hidden_size + facts.expert_width
+        width = facts.expert_io_width + facts.expert_width
         observed += 4 * len(facts.moe_layers) * (facts.n_experts + _COUNTED) * width
     # a header holds the tokenizer
     gguf = files + companions * len(plan.recipes) + imatrix + amount.text_bytes + _CARD_BYTES
