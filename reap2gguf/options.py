@@ -17,7 +17,7 @@ from reap2gguf.choosing.names import AUTO, BUILD_METHODS, check_candidates
 from reap2gguf.errors import UsageError
 from reap2gguf.fitting.target import SizeTarget
 from reap2gguf.machine import available_threads
-from reap2gguf.pruning.counts import check_counts
+from reap2gguf.pruning.counts import check_asked, check_counts
 from reap2gguf.pruning.protection import Protection, read_pinned
 
 MTP_CHOICES = ("prune", "drop")
@@ -279,6 +279,7 @@ class BuildOptions:
     protect_super_experts: bool = False  # whether experts with outliers in their outputs stay
     mtp: str = "prune"  # what to do with a multi-token-prediction block: prune or drop
     repair: str = "none"  # how the kept experts make up for the others: none, ridge or scale
+    group_size: int | None = None  # experts of a group of the method ream; None: GROUP_SIZE
     dequantize: str | None = None  # type of a quantized source's safetensors; None: as it has them
     calibration: CalibrationOptions = CalibrationOptions()
     kept: Path | None = None  # a map of the experts that stay, such as `prune` writes
@@ -318,12 +319,12 @@ class BuildOptions:
         check_choice("method", self.method, BUILD_METHODS)
         self._check_choosing()
         read_pinned(self.protect)
-        check_choice("mtp", self.mtp, MTP_CHOICES)
-        check_choice("repair", self.repair, REPAIR_CHOICES)
+        choices = MTP_CHOICES, REPAIR_CHOICES, EVALUATE_CHOICES, IMATRIX_FROM_CHOICES
+        for name, known in zip(("mtp", "repair", "evaluate", "imatrix_from"), choices, strict=True):
+            check_choice(name, getattr(self, name), known)
+        check_asked(self.method, self.repair, self.group_size)
         if self.dequantize is not None:
             check_choice("dequantize", self.dequantize, DEQUANTIZE_CHOICES)
-        check_choice("evaluate", self.evaluate, EVALUATE_CHOICES)
-        check_choice("imatrix_from", self.imatrix_from, IMATRIX_FROM_CHOICES)
         check_number("chunk", self.chunk, 8)
         if self.imatrix_chunks is not None:
             check_number("imatrix_chunks", self.imatrix_chunks, 1)

@@ -55,6 +55,23 @@ COVERED_BY = [
         ("choosing/checks.py",),
     ),
     (
+        "merging/test_sweep.py",
+        "whole merges",
+        ("merging/budget.py", "merging/capture.py", "merging/layer.py", "observing/narrowed.py"),
+    ),
+    ("merging/test_alignment.py", "sums over tokens too", ("merging/statistics.py",)),
+    ("merging/test_grouping.py", "groups are what a layer keeps", ("merging/merge.py",)),
+    (
+        "building/test_merge_stage.py",
+        "what a build records and says, and its files",
+        ("building/merge_record.py", "bundle/card_merge.py", "merging/folder.py"),
+    ),
+    (
+        "building/test_merge_folder.py",
+        "what `prune` makes of a model",
+        ("api/changes.py",),
+    ),
+    (
         "choosing/test_repaired_candidate.py",
         "the candidate that is repaired",
         ("choosing/repaired.py",),
@@ -64,7 +81,11 @@ COVERED_BY = [
         "what a bundle records",
         ("building/repair_record.py",),
     ),
-    ("repairing/test_record.py", "files of layers hold them", ("repairing/fit.py",)),
+    (
+        "pruning/test_layer_files.py",
+        "files of layers hold them",
+        ("repairing/fit.py", "repairing/record.py", "pruning/layer_facts.py"),
+    ),
     ("choosing/test_holdout.py", "how many rows are held out", ("choosing/amounts.py",)),
     ("bundle/test_choice.py", "records hold estimates", ("bundle/estimate.py",)),
     (
@@ -144,7 +165,7 @@ COVERED_BY = [
     (
         "building/test_repair_stage.py",
         "whole bundles with a repair: their cards, and what is wrong with changed ones",
-        ("bundle/card_repair.py", "verifying/repaired.py"),
+        ("bundle/card_repair.py", "verifying/changed.py"),
     ),
     (
         "observing/test_loader.py",

@@ -30,9 +30,9 @@ from reap2gguf.choosing.measure import Chooser
 from reap2gguf.choosing.names import BEST_REPAIRED, criteria_of, split_name
 from reap2gguf.choosing.repaired import why_not_repaired
 from reap2gguf.choosing.texts import ONLY_HELD_OUT, MeasuredText, held_out_text, other_text
+from reap2gguf.pruning.replaced import ReplacedView
 from reap2gguf.repairing.limits import repaired_layers
 from reap2gguf.repairing.record import RepairFolder
-from reap2gguf.repairing.view import RepairedView
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class Choose(Stage[ChoiceRecord]):
         folder = RepairFolder(self.run.work.root / REPAIRED_CANDIDATE, key)
         repair(view, self._rows.rows, "ridge", folder, options, self.run.progress)
         stored = stack.enter_context(closing(folder.open(repaired_layers(view.model))))
-        return RepairedView(view, stored)
+        return ReplacedView(view, stored)
 
 
 def _of_variants(options: ComputeOptions, asked: Measurement) -> ComputeOptions:

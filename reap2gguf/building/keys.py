@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 TEXTS_FORMAT = 2  # how texts become rows and chunks: samples, templates, cutting, drawing
 OBSERVE_FORMAT = 2  # what is summed per expert, and the file of it
 REPAIR_FORMAT = 1  # which weights a repair gives, and the files of them
+MERGE_FORMAT = 1  # which experts become one, their new weights, and the files of them
 PRUNE_FORMAT = 1  # how tensors, config and files of the model are written as safetensors
 IMATRIX_FORMAT = 1  # what is summed per matrix
 FIT_FORMAT = 1  # how types are chosen for a size
@@ -154,8 +155,15 @@ class BuildKeys:
         text = rows.label, rows.sha256, self.plan.max_length
         return stage_key(REPAIR_FORMAT, self.pruned(pruned), kind, *text, *self._computing)
 
+    def merge(self, rows: ObservationRows, protected: Kept) -> str:
+        """The key of a merge on the rows; nothing is merged into protected experts."""
+        plan = self.plan
+        how = plan.method, plan.target.n_kept, plan.group_size, sorted(protected.items())
+        text = rows.label, rows.sha256, plan.max_length
+        return stage_key(MERGE_FORMAT, self._source, how, plan.mtp, *text, *self._computing)
+
     def pruned(self, pruned: PrunedView) -> str:
-        """The key of the pruned model, in whatever format; repaired or not."""
+        """The key of the pruned model, in whatever format; repaired, merged or neither."""
         return self.pruned_of(pruned.kept, pruned.identity)
 
     def pruned_of(self, kept: Kept, identity: str = "") -> str:
@@ -210,6 +218,7 @@ class BuildKeys:
             plan.mtp,
             *self._computing,
             *((REPAIR_FORMAT, self._asked_repair) if self._asked_repair else ()),
+            *((MERGE_FORMAT, plan.group_size) if plan.merges else ()),
             *self._sums,
         )
 

@@ -1,7 +1,7 @@
 """A build, from a checkpoint to a verified bundle: the table of contents of the program.
 
-    plan -> texts -> observe -> choose -> repair -> { prune, imatrix, export, verify } -> evaluate
-      -> record
+    plan -> texts -> observe -> choose -> merge -> repair -> { prune, imatrix, export, verify }
+      -> evaluate -> record
 
 Stages in braces overlap: GGUF files are written layer by layer as their importance is known, beside
 the safetensors, and each format is verified when it is written (`together.py`). With a target size,
@@ -9,6 +9,7 @@ the safetensors, and each format is verified when it is written (`together.py`).
 
 With `--method auto` a stage measures which method of pruning is best, and the plan goes on with it.
 The kept experts are repaired where that is asked for: what follows is then of the repaired model.
+A method that merges experts has a stage of its own, which finds the experts that stay as well.
 A build that keeps all experts has nothing to observe and nothing to prune: it writes GGUF files
 alone. One that ranks experts by their weights has nothing to observe. Given observations, and a
 given importance matrix, take the place of the stages that make them; with both, no text is read.
@@ -38,6 +39,7 @@ from reap2gguf.building.evaluate_stage import Evaluate
 from reap2gguf.building.extending import extend_finished
 from reap2gguf.building.fit_stage import Fit
 from reap2gguf.building.given_stage import GivenImportance, importance_of
+from reap2gguf.building.merge_stage import Merge
 from reap2gguf.building.needs.room import check_device, check_room
 from reap2gguf.building.needs.scoring import chunks_of
 from reap2gguf.building.plan_sides import with_all_values
@@ -63,7 +65,7 @@ if TYPE_CHECKING:
     from reap2gguf.pruning.select import Kept
 
 STAGES: Sequence[type[Stage[Any]]] = (
-    *(ReadTexts, Observe, Choose, Repair, Prune, Importance, Export, Verify),
+    *(ReadTexts, Observe, Choose, Merge, Repair, Prune, Importance, Export, Verify),
     Evaluate,
 )
 
@@ -113,12 +115,16 @@ def _run_stages(run: Run) -> BuildResult | None:
     observed = run.do(Observe(run, needed(texts))) if plan.observes else None
     if plan.chooses:
         plan = choose_method(run, needed(texts), observed)
-    kept = run.agree(lambda: chosen_experts(run, observations_of(plan, observed)))
+    merged = run.do(Merge(run, needed(texts))) if plan.merges else None
+    if merged is not None:
+        kept = merged.result.view.kept
+    else:
+        kept = run.agree(lambda: chosen_experts(run, observations_of(plan, observed)))
     seen = observations_of(plan, observed) if run.is_first else None
     protected = protected_of(plan, seen) if run.is_first else ProtectedExperts()
     if run.is_first:
         _note_choice(run, seen, kept, protected)
-    pruned = PrunedView(plan.checkpoint, plan.model, kept)
+    pruned = merged.result.view if merged else PrunedView(plan.checkpoint, plan.model, kept)
     repaired = run.do(Repair(run, pruned, needed(texts))) if plan.repairs else None
     if repaired is not None:
         pruned = repaired.result.view
@@ -146,11 +152,12 @@ def _run_stages(run: Run) -> BuildResult | None:
         {**importance.seals, **verify.result.seals},
         {
             stage.name: stage.made_with()
-            for stage in (texts, observed, repaired, importance)
+            for stage in (texts, observed, merged, repaired, importance)
             if stage
         },
         evaluation=evaluate.result if evaluate else None,
         repair=repaired.record if repaired else None,
+        merge=merged.record if merged else None,
         given=importance.given if isinstance(importance, GivenImportance) else None,
     )
     manifest = write_record(plan, run.work, evidence, pruned)

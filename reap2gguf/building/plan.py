@@ -47,10 +47,11 @@ from reap2gguf.errors import UsageError
 from reap2gguf.gguf_files.imatrix_coverage import check_coverage
 from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.source import Source, resolve_source
+from reap2gguf.merging.limits import check_merge
 from reap2gguf.models.description import Dropped, SideFile
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
-from reap2gguf.pruning.methods import GIVEN, METHODS, is_from_weights
+from reap2gguf.pruning.methods import GIVEN, GROUP_SIZE, METHODS, is_from_weights, merges
 from reap2gguf.pruning.protection import check_protection
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
@@ -97,7 +98,18 @@ class Plan:
     def observes(self) -> bool:
         """Whether the build observes the experts, in order to rank them."""
         is_chosen = self.given_kept is not None or self.observations is not None
-        return self.target.prunes and not is_chosen and not self.ranks_by_weights
+        by_itself = self.ranks_by_weights or self.merges
+        return self.target.prunes and not is_chosen and not by_itself
+
+    @property
+    def merges(self) -> bool:
+        """Whether experts become one with those that stay."""
+        return self.target.prunes and self.given_kept is None and merges(self.options.method)
+
+    @property
+    def group_size(self) -> int:
+        """The most experts of one of REAM's groups."""
+        return self.options.group_size or GROUP_SIZE
 
     @property
     def ranks_by_weights(self) -> bool:
@@ -151,9 +163,9 @@ class Plan:
 
     @property
     def reads_rows(self) -> bool:
-        """Whether rows of the calibration are needed: to rank or repair experts, to choose by what
-        methods cost on some of them, or to ask an MTP block."""
-        return self.chooses or self.repairs or self.asks_mtp
+        """Whether rows of the calibration are needed: to rank, merge or repair experts, to choose
+        by what methods cost on some of them, or to ask an MTP block."""
+        return self.chooses or self.repairs or self.merges or self.asks_mtp
 
     @property
     def reads_calibration(self) -> bool:
@@ -169,7 +181,7 @@ class Plan:
     @property
     def n_sweeps(self) -> int:
         """How many calibration passes the build makes."""
-        return self.observes + self.repairs + self.computes_imatrix
+        return self.observes + self.merges + self.repairs + self.computes_imatrix
 
     @property
     def n_variants(self) -> int:
@@ -307,7 +319,10 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     keep_given(folders, (options.kept, options.observations, options.imatrix), target.prunes)
     observations = _observations(options, checkpoint, model, target)
     seen = None if observations is None else observations.seen
-    if target.prunes and given_kept is None:
+    if merges(options.method) and given_kept is None:
+        how = options.method, target, options.protection, options.group_size or GROUP_SIZE
+        check_merge(checkpoint, model, *how)
+    elif target.prunes and given_kept is None:
         check_protection(options.protection, seen, options.method, target, model.facts)
     imatrix = given_imatrix(options, model.facts, tensors, observations)
     weighted = pruned.model.weighted_matrices() if imatrix is None else imatrix.imatrix.entries

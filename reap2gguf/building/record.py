@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.workdir import Workdir
     from reap2gguf.bundle.evaluation import Evaluation
-    from reap2gguf.bundle.records import RepairRecord
+    from reap2gguf.bundle.records import MergeRecord, RepairRecord
     from reap2gguf.models.description import SideFile
     from reap2gguf.pruning.protection import ProtectedExperts
     from reap2gguf.pruning.select import Kept
@@ -82,7 +82,8 @@ class Evidence:
     seals: Mapping[str, Seal]  # the verified files, by path below the work folder
     made_with: Mapping[str, Mapping[str, str]]  # versions of libraries, by stage
     evaluation: Evaluation | None = None  # None: not measured
-    repair: RepairRecord | None = None  # None: the kept experts are as they were
+    repair: RepairRecord | None = None  # None: the kept experts are not fitted to anything
+    merge: MergeRecord | None = None  # None: no experts became one
     given: GivenImatrix | None = None  # an importance matrix that no pass of its own made
 
 
@@ -138,7 +139,7 @@ def _source_record(plan: Plan, kept: Kept) -> SourceRecord:
 
 
 def _pruning_record(plan: Plan, evidence: Evidence) -> PruningRecord:
-    seen = evidence.observations
+    seen, merge = evidence.observations, evidence.merge
     return PruningRecord(
         method=plan.method,
         n_experts=plan.target.n_experts,
@@ -146,13 +147,14 @@ def _pruning_record(plan: Plan, evidence: Evidence) -> PruningRecord:
         experts_per_token=plan.model.facts.experts_per_token,
         kept=evidence.kept,
         observations_sha256=evidence.observations_sha256,
-        n_rows=0 if seen is None else seen.n_rows,
-        n_tokens=0 if seen is None else seen.n_tokens,
+        n_rows=merge.n_rows if merge else 0 if seen is None else seen.n_rows,
+        n_tokens=merge.n_tokens if merge else 0 if seen is None else seen.n_tokens,
         n_dropped_rows=0 if seen is None else seen.n_dropped_rows,
         mtp=_mtp_record(plan, seen, evidence.importance),
         coverage=None if seen is None else coverage_record(seen, evidence.kept),
         observations_file=None if plan.observations is None else plan.observations.file,
         repair=evidence.repair,
+        merge=merge,
         protected=evidence.protected.named,
         super_experts=evidence.protected.super_experts,
     )
@@ -247,6 +249,7 @@ def _options_record(plan: Plan) -> OptionsRecord:
         dequantize=None if plan.checkpoint.decoding is None else options.dequantize,
         evaluate=options.evaluate,
         repair=options.repair,
+        group_size=plan.group_size if plan.method == "ream" else None,
         candidates=",".join(plan.candidates) or None,
         choose_text=None if options.choose_text is None else options.choose_text.name,
     )

@@ -14,6 +14,8 @@ from reap2gguf.bundle.bounds import (
     at_most,
     check_bounds,
     check_sizes,
+    expert_groups,
+    expert_shares,
     kept_layers,
     layer_number,
     layer_tokens,
@@ -31,6 +33,8 @@ from reap2gguf.bundle.records import (
     FolderRecord,
     GgufRecord,
     ImportanceRecord,
+    MergedLayerRecord,
+    MergeRecord,
     MtpRecord,
     PruningRecord,
     RepairedLayerRecord,
@@ -196,8 +200,9 @@ def _decode(values: dict[str, Any]) -> Manifest:
     pruning["mtp"] = _record(MtpRecord, pruning["mtp"])
     if pruning.get("coverage") is not None:
         pruning["coverage"] = _record(CoverageRecord, pruning["coverage"])
-    if pruning.get("repair") is not None:
-        pruning["repair"] = repair_record(pruning["repair"])
+    for name, decode in (("repair", repair_record), ("merge", merge_record)):
+        if pruning.get(name) is not None:
+            pruning[name] = decode(pruning[name])
     source = dict(values["source"])
     if source.get("earlier") is not None:
         source["earlier"] = _earlier_pruning(source["earlier"])
@@ -231,12 +236,25 @@ def _decode(values: dict[str, Any]) -> Manifest:
 
 def repair_record(values: Mapping[str, Any]) -> RepairRecord:
     """The record of a repair from JSON. Raises KeyError, TypeError or ValueError."""
-    layers = values["layers"]
-    if not isinstance(layers, dict):
-        raise TypeError(f"layers of repair is {shown(layers)}, expected records by layer")
-    at_most("layers of repair", layers, MAX_LAYERS)
-    found = {layer_number(key): _record(RepairedLayerRecord, one) for key, one in layers.items()}
+    layers = _changed_layers("repair", values["layers"])
+    found = {layer: _record(RepairedLayerRecord, one) for layer, one in layers.items()}
     return _record(RepairRecord, {**values, "layers": found})
+
+
+def merge_record(values: Mapping[str, Any]) -> MergeRecord:
+    """The record of a merge from JSON. Raises KeyError, TypeError or ValueError."""
+    found = {}
+    for layer, one in _changed_layers("merge", values["layers"]).items():
+        groups, shares = expert_groups(one["groups"]), expert_shares(one["shares"])
+        found[layer] = _record(MergedLayerRecord, {**one, "groups": groups, "shares": shares})
+    return _record(MergeRecord, {**values, "layers": found})
+
+
+def _changed_layers(what: str, layers: Any) -> dict[int, dict[str, Any]]:
+    if not isinstance(layers, dict):
+        raise TypeError(f"layers of {what} is {shown(layers)}, expected records by layer")
+    at_most(f"layers of {what}", layers, MAX_LAYERS)
+    return {layer_number(key): one for key, one in layers.items()}
 
 
 def _options_record(values: Any) -> OptionsRecord | None:

@@ -249,6 +249,10 @@ class StreamedDecoder:
         """The weights of layer `index`, under the names of its module."""
         return dict(self._layers[index].state_dict())
 
+    def replace_layer(self, index: int, layer: torch.nn.Module) -> None:
+        """Run another module as layer `index`, such as one with fewer experts."""
+        self._layers[index] = layer
+
     def has_layer(self, index: int) -> bool:
         """Whether layer `index` was asked for and not yet loaded."""
         return self.loader.has(f"layer {index}")

@@ -1,8 +1,9 @@
-"""How many experts stay, as it is asked for."""
+"""How many experts stay, or become one, as it is asked for."""
 
 from __future__ import annotations
 
 from reap2gguf.errors import UsageError
+from reap2gguf.pruning.methods import merges
 
 
 def check_counts(keep_experts: object, compression: object) -> None:
@@ -23,3 +24,15 @@ def check_counts(keep_experts: object, compression: object) -> None:
             f"; for {compression:g} % pass {compression / 100:g}" if 2 <= compression < 100 else ""
         )
         raise UsageError(f"--compression {compression:g}: expected 0 or more and less than 1{hint}")
+
+
+def check_asked(method: str, repair: str, group_size: object) -> None:
+    """Refuse options that have no effect with a method, or none together. Raises UsageError."""
+    if group_size is not None and (type(group_size) is not int or group_size < 2):
+        raise UsageError(f"group_size is {group_size!r}, expected a whole number from 2")
+    if group_size is not None and method != "ream":
+        raise UsageError("group_size is for the method ream; pass it, or leave this out")
+    if merges(method) and repair != "none":
+        raise UsageError(
+            f"--repair: --method {method} gives experts new weights itself; leave one of both out"
+        )

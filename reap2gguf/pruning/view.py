@@ -141,7 +141,7 @@ class PrunedView(_Slices):
 
     @property
     def replaced(self) -> Collection[str]:
-        """Names of tensors whose values are not the source's; see `repairing/view.py`."""
+        """Names of tensors whose values are not the source's; see `pruning/replaced.py`."""
         return ()
 
     @property

@@ -44,26 +44,31 @@ class _Unseen:
 class Tap:
     """Takes what goes into and comes out of the experts of a layer, of one batch at a time."""
 
-    def __init__(self, block: torch.nn.Module, experts: torch.nn.Module) -> None:
-        """`block` routes to the experts, which are a part of it.
+    def __init__(
+        self,
+        experts: torch.nn.Module,
+        option: str = "--repair",
+        block: torch.nn.Module | None = None,
+    ) -> None:
+        """Raises UnsupportedModelError for experts whose outputs are not linear in `down_proj`.
 
-        Raises UnsupportedModelError for experts whose outputs are not linear in `down_proj`.
+        `option`: what the user asked for; `block`: what routes to the experts, taken too.
         """
         watch(experts, watcher := _Unseen())
         if getattr(experts, "is_transposed", False) or getattr(
             experts, "has_post_expert_norm", False
         ):
             raise UnsupportedModelError(
-                f"{type(experts).__name__}: --repair is not defined for experts with a norm after "
+                f"{type(experts).__name__}: {option} is not defined for experts with a norm after "
                 "them, or whose matrices transformers keeps transposed; leave it out"
             )
         self._watcher = watcher
         self._parts: dict[int, tuple[Tensor, ...]] = {}  # by the first position of a slice
         self._entering: dict[int, Tensor] = {}
-        self._handles = (
-            block.register_forward_pre_hook(self._keep_entering, with_kwargs=True),
-            experts.register_forward_hook(self._keep, with_kwargs=True),
-        )
+        self._handles = [experts.register_forward_hook(self._keep, with_kwargs=True)]
+        if block is not None:
+            hook = block.register_forward_pre_hook(self._keep_entering, with_kwargs=True)
+            self._handles.append(hook)
 
     def expect(self, real: RealTokens | None) -> None:
         """A batch is coming, of which these positions are tokens."""
@@ -170,7 +175,7 @@ class LayerRows:
 @contextmanager
 def _tapped(layer: torch.nn.Module, path: str) -> Iterator[Tap]:
     block = layer.get_submodule(path.rpartition(".")[0])
-    with closing(Tap(block, layer.get_submodule(path))) as tap:
+    with closing(Tap(layer.get_submodule(path), block=block)) as tap:
         yield tap
 
 

@@ -64,6 +64,8 @@ def _calibration(facts: ReportFacts) -> Iterator[tuple[str, Child]]:
     elif is_from_weights(pruning.method):
         yield "ranking of the experts", "by their weights alone: no text was read for it"
     else:
+        if pruning.merge is not None:
+            yield "merge of the experts", f"{pruning.method}, by what they do on these texts"
         yield "texts", found.spec or "not known"
         yield "rows", f"{pruning.n_rows:,}" + _dropped(pruning.n_dropped_rows)
         yield "tokens", f"{pruning.n_tokens:,}"

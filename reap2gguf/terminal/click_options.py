@@ -362,6 +362,7 @@ def collect(
         protect_super_experts=arguments["protect_super_experts"],
         mtp=arguments["mtp"],
         repair=arguments["repair"],
+        group_size=arguments["group_size"],
         dequantize=arguments["dequantize"],
         evaluate=arguments["evaluate"],
         calibration=CalibrationOptions(

@@ -30,6 +30,8 @@ def choice_lines(plan: Plan) -> Iterator[str]:
         yield f"the experts that stay are those of {plan.given_kept.file}: no pass observes them"
     if plan.ranks_by_weights:
         yield f"experts are ranked by their weights alone ({plan.method}): no pass observes them"
+    if plan.merges:
+        yield f"experts are merged into those that stay ({plan.method}), in a pass of its own"
     if plan.target.prunes:
         if plan.options.protect:
             yield f"protected, whatever they score: {plan.options.protect}"

@@ -6,8 +6,8 @@ import click
 
 from reap2gguf.choosing.names import AUTO, BUILD_METHODS, CANDIDATES
 from reap2gguf.options import DEQUANTIZE_CHOICES, MTP_CHOICES, REPAIR_CHOICES
-from reap2gguf.pruning.methods import FROM_WEIGHTS, METHODS, OBSERVED
-from reap2gguf.terminal.help import PRUNE, option, together
+from reap2gguf.pruning.methods import FROM_WEIGHTS, GROUP_SIZE, MERGING, METHODS, OBSERVED
+from reap2gguf.terminal.help import PRUNE, Number, option, together
 from reap2gguf.terminal.option_types import FilePath, RatiosType
 
 kept_option = option(
@@ -99,9 +99,19 @@ dequantize_option = option(
     default_text="as MODEL stores them",
 )
 
+group_size_option = option(
+    "--group-size",
+    section=PRUNE,
+    type=Number(2),
+    metavar="N",
+    help="With --method ream, how many experts may become one.",
+    default_text=str(GROUP_SIZE),
+)
+
 _RANKED_BY = (
     f"How to rank the experts, by what is observed of them: {', '.join(OBSERVED)}; or by their "
-    f"weights alone: {', '.join(FROM_WEIGHTS)}"
+    f"weights alone: {', '.join(FROM_WEIGHTS)}; or how to merge them into those that stay, in "
+    f"place of removing any: {', '.join(MERGING)}"
 )
 
 pruning_options = together(
@@ -115,6 +125,7 @@ pruning_options = together(
         metavar="NAME",
         help=f"{_RANKED_BY}.",
     ),
+    group_size_option,
     protect_options,
     mtp_option,
     dequantize_option,
@@ -150,6 +161,7 @@ build_pruning_options = together(
     ),
     candidates_option,
     choose_text_option,
+    group_size_option,
     protect_options,
     mtp_option,
     repair_option,

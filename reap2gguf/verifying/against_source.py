@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.layout import MANIFEST_FILE
-from reap2gguf.bundle.manifest import repair_record
+from reap2gguf.bundle.manifest import merge_record, repair_record
 from reap2gguf.checkpoint.config import read_json, read_optional
 from reap2gguf.checkpoint.quantized.keys import sections_of
 from reap2gguf.errors import ArtifactError, CheckpointError, Reap2ggufError
@@ -28,7 +28,7 @@ from reap2gguf.verifying.facts import check_source_facts
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import Manifest
-    from reap2gguf.bundle.records import RepairRecord
+    from reap2gguf.bundle.records import MergeRecord, RepairRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.hub.source import Source
     from reap2gguf.progress import Progress
@@ -132,14 +132,17 @@ def read_kept(folder: Path) -> Kept:
     return dict(_layers(path, layers))
 
 
-def read_repair(folder: Path) -> RepairRecord | None:
-    """The repair in `kept_experts.json`; None without one. Raises ArtifactError."""
-    path = folder / KEPT_FILE
+def read_change(folder: Path) -> RepairRecord | MergeRecord | None:
+    """The repair or merge in `kept_experts.json`; None without one. Raises ArtifactError."""
+    path, name = folder / KEPT_FILE, ""
     try:
-        values = read_json(path).get("repair")
-        return None if values is None else repair_record(values)
+        values = read_json(path)
+        for name, decode in (("repair", repair_record), ("merge", merge_record)):
+            if values.get(name) is not None:
+                return decode(values[name])
+        return None
     except (CheckpointError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{path}: repair is not a complete record ({shown(error)})") from error
+        raise ArtifactError(f"{path}: {name} is not a complete record ({shown(error)})") from error
 
 
 def _layers(path: Path, layers: dict[str, object]) -> Iterator[tuple[int, tuple[int, ...]]]:

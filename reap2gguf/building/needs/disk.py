@@ -71,7 +71,7 @@ class DiskNeeds:
         for name, (seconds, n_layers) in sweeps.items():
             beside = self.spool + self.state * states_kept(seconds, n_layers, self.state)
             written = self.hf + (self.gguf if overlaps else 0)
-            made = 0 if name in ("observe", "repair") else written
+            made = 0 if name in ("observe", "merge", "repair") else written
             peak = max(peak, self.shared + beside + made)
         return peak + self.repaired
 
@@ -133,13 +133,14 @@ def _spool_bytes(sweeps: SweepNeeds, repairing: SweepNeeds | None) -> int:
 
 
 def _repaired_bytes(plan: Plan) -> int:
-    """Bytes of the weights that a repair gives."""
-    if not plan.repairs:
+    """Bytes of the weights that a repair gives, or that a merge may give at most."""
+    if not plan.repairs and not plan.merges:
         return 0
     return sum(
         tensor.n_bytes
         for name, tensor in plan.pruned.tensors.items()
-        if isinstance(role := plan.pruned.model.role(name), Expert) and role.projection == "down"
+        if isinstance(role := plan.pruned.model.role(name), Expert)
+        and (plan.merges or role.projection == "down")
     )
 
 

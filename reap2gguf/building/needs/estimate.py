@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # stages
 ALL = (
-    *("texts", "observe", "choose", "repair", "prune"),
+    *("texts", "observe", "choose", "merge", "repair", "prune"),
     *("imatrix", "fit", "export", "verify", "evaluate"),
 )
 LONG = 12 * 3600.0  # seconds; a shorter way is looked for
@@ -156,7 +156,7 @@ class Estimate:
         facts = self.plan.model.facts
         return {
             name: (self.stages[name], facts.n_blocks)
-            for name in ("observe", "repair", "imatrix")
+            for name in ("observe", "merge", "repair", "imatrix")
             if self.stages[name]
         }
 

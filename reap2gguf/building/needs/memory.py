@@ -239,6 +239,7 @@ def _need(plan: Plan, sizes: Sizes, amount: Amount, kind: Kind) -> Need:
     """Of the longer pass; layers are those of the unpruned model."""
     layers = sizes.layers(kind.itemsize, kind.on_gpu)
     embedding = plan.checkpoint.tensors[plan.model.embedding_name].n_elements * kind.itemsize
-    observed = amount.n_tokens if plan.observes or plan.repairs else 0
+    makes_passes = plan.observes or plan.merges or plan.repairs
+    observed = amount.n_tokens if makes_passes else 0
     positions = max(observed, amount.n_chunk_tokens) + amount.probe_tokens
     return kind.need(layers, embedding, -(-positions // processes().size), amount.longest_row)

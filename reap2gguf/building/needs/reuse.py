@@ -11,6 +11,7 @@ from reap2gguf.building.choose_stage import Choose, candidates_of, observations_
 from reap2gguf.building.choosing import known_choice
 from reap2gguf.building.fit_stage import Fit
 from reap2gguf.building.given_stage import importance_of
+from reap2gguf.building.merge_stage import Merge
 from reap2gguf.building.needs.amount import is_small
 from reap2gguf.building.needs.estimate import ALL, KnownCoverage, Reused
 from reap2gguf.building.record import expert_tokens
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.pruning.select import Kept
 
-_BEFORE_EXPORT = ("texts", "observe", "choose", "repair", "prune", "imatrix")
+_BEFORE_EXPORT = ("texts", "observe", "choose", "merge", "repair", "prune", "imatrix")
 
 
 def find_reused(plan: Plan) -> Reused:
@@ -127,11 +128,16 @@ def _add_done(
             return _observed(seen, None)
         done.append(choose.name)
         plan = run.settle(replace(plan, choice=choose.result))
-    kept = known_choice(run, seen)
+    merged = Merge(run, needed(texts)) if plan.merges else None
+    if merged is not None:
+        if not _is_done(merged):
+            return known
+        done.append(merged.name)
+    kept = merged.result.view.kept if merged else known_choice(run, seen)
     known = replace(_observed(seen, kept), importance=known.importance)
     if kept is None:
         return known
-    pruned = PrunedView(plan.checkpoint, plan.model, kept)
+    pruned = merged.result.view if merged else PrunedView(plan.checkpoint, plan.model, kept)
     if plan.repairs:
         if not _is_done(repaired := Repair(run, pruned, needed(texts))):
             return known

@@ -13,6 +13,7 @@ from math import ceil, prod
 from typing import TYPE_CHECKING
 
 from reap2gguf.building.needs.scoring import CHUNK, chosen_tokens, planned_chunks
+from reap2gguf.merging.limits import merged_layers
 from reap2gguf.observing.linear_attention import installed_version
 from reap2gguf.quantizing.kernels.gpu_kernels import FORMS
 from reap2gguf.verifying.exactness import QUICK_TYPES
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     Recipes = Sequence[ResolvedRecipe]
 
 STAGES = (
-    *("start", "texts", "observe", "choose", "repair", "prune"),
+    *("start", "texts", "observe", "choose", "merge", "repair", "prune"),
     *("imatrix", "fit", "export", "verify", "evaluate", "finish"),
 )
 
@@ -143,6 +144,8 @@ def stage_seconds(
         found["observe"] = max(passing, waiting, spooling) + python * _FIRST_PASS
         found["observe"] += _GPU_START if host.gpu_factor is not None else 0.0
         waiting = _read_seconds(plan.pruned.n_bytes, host)
+    if plan.merges:
+        found["merge"] = max(_merge(plan, sizes, amount, host), waiting) + python * _FIRST_PASS
     if plan.repairs:
         found["repair"] = max(_repair(plan, sizes, amount, host), waiting) + python * _FIRST_PASS
     found["choose"] = _choose(plan, sizes, amount, host)
@@ -237,6 +240,22 @@ def _repair(plan: Plan, sizes: Sizes, amount: Amount, host: Host) -> float:
         each = (gram / _H100_FLOPS + solving / _H100_FLOAT32) * host.gpu_factor
     else:  # in float64
         each = 2 * (gram + solving) / (_EFFICIENCY * host.speed.flops) / host.parallel
+    return passing + n_layers * each
+
+
+def _merge(plan: Plan, sizes: Sizes, amount: Amount, host: Host) -> float:
+    """Two passes, every expert on every token, and REAM's covariances and eigenvectors."""
+    facts, n_layers = plan.model.facts, len(merged_layers(plan.model))
+    is_ream = plan.method == "ream"
+    passing = (1 + is_ream) * _pass(plan, sizes, amount.n_tokens, amount, host)
+    matrix = facts.expert_io_width * facts.expert_width
+    dense = 2 * (2 if is_ream else 3) * matrix * facts.n_experts * amount.n_tokens
+    size = 3 * facts.expert_io_width
+    aligning = facts.n_experts * facts.expert_width * size**2 + 6 * size**3 if is_ream else 0
+    if host.gpu_factor is not None:
+        each = (dense / _H100_FLOPS + aligning / _H100_FLOAT32) * host.gpu_factor
+    else:  # the latter in float64
+        each = (dense + 2 * aligning) / (_EFFICIENCY * host.speed.flops) / host.parallel
     return passing + n_layers * each
 
 
