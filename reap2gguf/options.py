@@ -45,7 +45,7 @@ class CheckQuants(Enum):
 
 
 DEFAULT_RECIPE = "Q4_K_M"
-_DEFAULT_RECIPES = (DEFAULT_RECIPE,)  # this object: none was named
+DEFAULT_RECIPES = (DEFAULT_RECIPE,)  # this object: none was named
 _Kind = TypeVar("_Kind")
 
 
@@ -135,7 +135,7 @@ def _recipes(given: object, may_be_none: bool = False) -> tuple[str | RecipeText
     found: list[str | RecipeText] = []
     for recipe in recipes:
         found += [recipe] if isinstance(recipe, RecipeText) else split_recipes(recipe)
-    return tuple(found)
+    return DEFAULT_RECIPES if given is DEFAULT_RECIPES else tuple(found)
 
 
 def split_recipes(recipe: object) -> list[str]:
@@ -265,7 +265,7 @@ class ComputeOptions:
 class BuildOptions:
     """The arguments of `build` and `plan`."""
 
-    recipes: tuple[str | RecipeText, ...] = _DEFAULT_RECIPES  # with a target size, what is named
+    recipes: tuple[str | RecipeText, ...] = DEFAULT_RECIPES  # with a target size, what is named
     model: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)  # by recipe, in place of its own
     keep_experts: int | None = None
@@ -303,7 +303,7 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         has_target = self.target is not None  # or raises UsageError
-        named = () if has_target and self.recipes is _DEFAULT_RECIPES else self.recipes
+        named = () if has_target and self.recipes is DEFAULT_RECIPES else self.recipes
         object.__setattr__(self, "recipes", _recipes(named, may_be_none=has_target))
         object.__setattr__(self, "tensor_types", check_tensor_types(self.tensor_types))
         object.__setattr__(self, "labels", check_labels(self.labels))

@@ -27,6 +27,11 @@ MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 
 # Modules without a test file of their own name: the file that tests them, why there, and which.
 COVERED_BY = [
+    (
+        "observing/compute/test_experts.py",
+        "whole experts, with a gate and without one",
+        ("observing/compute/gating.py",),
+    ),
     ("quantizing/ik/test_workers.py", "the program that they run", ("quantizing/ik/worker.py",)),
     (
         "building/test_fit_stage.py",
@@ -57,7 +62,10 @@ COVERED_BY = [
     (
         "merging/test_sweep.py",
         "whole merges",
-        ("merging/budget.py", "merging/capture.py", "merging/layer.py", "observing/narrowed.py"),
+        (
+            *("merging/budget.py", "merging/capture.py", "merging/layer.py"),
+            *("merging/room.py", "observing/narrowed.py"),
+        ),
     ),
     ("merging/test_alignment.py", "sums over tokens too", ("merging/statistics.py",)),
     ("merging/test_grouping.py", "groups are what a layer keeps", ("merging/merge.py",)),
@@ -179,6 +187,11 @@ COVERED_BY = [
             "gguf_source/checking.py", "gguf_source/header.py", "gguf_source/slices.py",
             "gguf_source/writing.py", "verifying/sliced.py",
         ),
+    ),
+    (
+        "building/test_slice_stage.py",
+        "bundles of GGUF files, from their plan to their verification",
+        ("building/as_stored.py", "building/sliced_record.py", "verifying/opening.py"),
     ),
     (
         "gguf_source/test_checkpoint.py",

@@ -200,7 +200,7 @@ def verify(
     shown = to_progress(progress)
     if source is None:
         return verify_paths(given, n_threads, shown, Strictness(exact, device=device))
-    from reap2gguf.verifying.against_source import open_source
+    from reap2gguf.verifying.opening import open_source
 
     if not any(path.is_dir() for path in given):
         return _verify_files(given, str(source), shown)

@@ -193,7 +193,7 @@ def prune(
         if opened.checkpoint.gguf is not None:
             from reap2gguf.building.prune_gguf import check_output
 
-            check_output(output, repair, dequantize)
+            check_output(output, method, repair, dequantize)
         elif output.exists():
             raise OutputError(f"{output}: exists already; pass another output or move it away")
         checkpoint = opened.checkpoint if dequantize is None else opened.checkpoint.dequantized()

@@ -45,6 +45,7 @@ from reap2gguf.building.needs.scoring import chunks_of
 from reap2gguf.building.plan_sides import with_all_values
 from reap2gguf.building.record import Evidence, write_record
 from reap2gguf.building.repair_stage import Repair
+from reap2gguf.building.slice_stage import Slice
 from reap2gguf.building.stage import BuildResult, Run, Stage, needed
 from reap2gguf.building.stages import Export, Importance, Observe, Prune
 from reap2gguf.building.standing import refuse_dropping, standing
@@ -132,7 +133,7 @@ def _run_stages(run: Run) -> BuildResult | None:
     if isinstance(importance, GivenImportance):
         run.agree(importance.check_minimum)
     prune = Prune(run, pruned) if plan.writes_hf else None
-    export = Export(run, pruned, importance)
+    export = (Slice if plan.slices else Export)(run, pruned, importance)
     verify = Verify(run, pruned, export, prune)
     plan = _write_files(run, pruned, importance, prune, export, verify)
     if not run.is_first:

@@ -6,6 +6,12 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from reap2gguf.building.as_stored import (
+    check_gguf_options,
+    is_sliced,
+    recipes_of,
+    tokenizer_notes,
+)
 from reap2gguf.building.asked import read_options
 from reap2gguf.building.given import (
     GivenImatrix,
@@ -45,8 +51,8 @@ from reap2gguf.choosing.names import (
 from reap2gguf.choosing.repaired import why_not_repaired
 from reap2gguf.errors import UsageError
 from reap2gguf.gguf_files.imatrix_coverage import check_coverage
+from reap2gguf.hub.opened import resolve_model
 from reap2gguf.hub.retry import Note, ignore_note
-from reap2gguf.hub.source import Source, resolve_source
 from reap2gguf.merging.limits import check_merge
 from reap2gguf.models.description import Dropped, SideFile
 from reap2gguf.models.table import describe
@@ -58,17 +64,17 @@ from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.ik.workers import check_installed
 from reap2gguf.quantizing.labels import LabelledFile, label_warnings
 from reap2gguf.quantizing.minimum import check_needed
-from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from reap2gguf.repairing.limits import check_repair
-from reap2gguf.tokenizer.check import check_tokenizer
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.choice import ChoiceRecord
     from reap2gguf.calibration.scanned_files import ScannedFiles
     from reap2gguf.calibration.spec import Calibration
     from reap2gguf.checkpoint.checkpoint import Checkpoint
+    from reap2gguf.hub.source import Source
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.options import BuildOptions
+    from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 
 @dataclass(frozen=True)
@@ -157,9 +163,14 @@ class Plan:
         return self.observes and self.options.imatrix_from == "source"
 
     @property
+    def slices(self) -> bool:
+        """Whether the blocks of a GGUF source stay as they are: nothing is quantized."""
+        return is_sliced(self.options, self.checkpoint)
+
+    @property
     def computes_imatrix(self) -> bool:
         """Whether the build makes a calibration pass for the importance matrix alone."""
-        return self.imatrix is None and not self.takes_sums
+        return self.imatrix is None and not self.takes_sums and not self.slices
 
     @property
     def reads_rows(self) -> bool:
@@ -190,8 +201,9 @@ class Plan:
 
     @property
     def writes_hf(self) -> bool:
-        """Whether the bundle has safetensors: those of a source that keeps all are not copied."""
-        return self.target.prunes
+        """Whether the bundle has safetensors: those of a source that keeps all are not copied, and
+        of a GGUF source there are none."""
+        return self.target.prunes and self.checkpoint.gguf is None
 
     @property
     def hf_bytes(self) -> int:
@@ -292,15 +304,16 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     Raises SourceError, CheckpointError, UnsupportedModelError, RecipeError or UsageError.
     """
     asked = read_options(options, other_labels(options))
-    source = resolve_source(options.model, note, options.follow_links)
+    source = resolve_model(options.model, note, options.follow_links)
     checkpoint = _as_asked(source.open(note), options, note)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
     check_with_transformers(model)
-    caveats = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.tokenizers)
+    caveats = tokenizer_notes(checkpoint, model)
     given_kept = given_kept_of(options, model.facts)
     target = choose_target(model.facts, options.keep_experts, options.compression)
     if given_kept is not None:
         target = given_kept.target
+    check_gguf_options(options, checkpoint, target, note)
     if options.repair != "none":
         check_repair(checkpoint, model, target.prunes)
     if options.dequantize and not target.prunes:
@@ -310,10 +323,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         )
     pruned = _with_first_experts(checkpoint, model, target)
     tensors = pruned.model.gguf_tensors(pruned.tensors)
-    recipes = tuple(
-        resolve(recipe, tensors, model.facts, target.n_kept, has_imatrix=True)
-        for recipe in asked.recipes
-    )
+    recipes = recipes_of(asked.recipes, checkpoint, model, tensors, target, options)
     name = bundle_name(options, source, target, note)
     folders = BundleFolders(options.output, name)
     keep_given(folders, (options.kept, options.observations, options.imatrix), target.prunes)
@@ -350,7 +360,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         sized=sized,
     )
     check_installed(recipes)
-    for recipe in recipes:
+    for recipe in () if plan.slices else recipes:
         why = "none is computed for it" if imatrix is None else f"{imatrix.file} has none for it"
         check_needed(recipe, plan.weighted, why)
     if imatrix is not None:
@@ -358,6 +368,8 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         check_given_minimum(recipes, imatrix, None)
         for line in imatrix.notes:
             note(line)
+    if plan.reads_texts:
+        source.make_tokenizer()
     if plan.reads_calibration and not asked.is_checked:
         check_calibration(plan.calibration, plan.files)
     return plan

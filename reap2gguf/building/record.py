@@ -16,6 +16,7 @@ from reap2gguf.atomic import PART, remove, write_whole
 from reap2gguf.building.bundle_files import BundleFiles
 from reap2gguf.building.illustrate import draw_pictures
 from reap2gguf.building.seals import Seal, refuse_changed
+from reap2gguf.building.sliced_record import sliced_record
 from reap2gguf.bundle.card import gguf_card, hf_card
 from reap2gguf.bundle.layout import (
     CALIBRATION_FILE,
@@ -32,6 +33,7 @@ from reap2gguf.bundle.manifest import (
     CalibrationRecord,
     FileRecord,
     FolderRecord,
+    GgufOrigin,
     GgufRecord,
     Manifest,
     MtpRecord,
@@ -41,7 +43,7 @@ from reap2gguf.bundle.manifest import (
     hash_file,
 )
 from reap2gguf.bundle.members import check_members, gguf_members, hf_members
-from reap2gguf.bundle.modelfile import modelfile
+from reap2gguf.bundle.modelfile import modelfile, with_join_commands
 from reap2gguf.bundle.options_record import OptionsRecord
 from reap2gguf.bundle.sums import compose_sums
 from reap2gguf.errors import VerificationError
@@ -101,9 +103,7 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence, written: PrunedV
         pruning=_pruning_record(plan, evidence),
         calibration=_calibration_record(plan, evidence),
         hf=_folder_record(work, evidence.pruned) if plan.writes_hf else None,
-        gguf=tuple(
-            gguf_record(plan.name, recipe, work.gguf, plan.with_toml) for recipe in plan.recipes
-        ),
+        gguf=_gguf_records(plan, work),
         side_files=tuple(side_record(plan.name, side, work.gguf) for side in plan.side_files),
         verification={"summary": passed_summary(passed), "passed": passed},
         caveats=plan.caveats,
@@ -114,6 +114,14 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence, written: PrunedV
         choice=plan.choice,
     )
     return _write(plan, work, evidence, manifest)
+
+
+def _gguf_records(plan: Plan, work: Workdir) -> tuple[GgufRecord, ...]:
+    if plan.slices:
+        return (sliced_record(plan, work.gguf),)
+    return tuple(
+        gguf_record(plan.name, recipe, work.gguf, plan.with_toml) for recipe in plan.recipes
+    )
 
 
 def _folder_record(work: Workdir, written: PrunedView) -> FolderRecord:
@@ -135,7 +143,14 @@ def _source_record(plan: Plan, kept: Kept) -> SourceRecord:
         n_parameters=plan.checkpoint.n_parameters,
         n_bytes=plan.checkpoint.n_stored_bytes,
         earlier=None if plan.history is None else plan.history.after(kept),
+        gguf=_gguf_origin(plan),
     )
+
+
+def _gguf_origin(plan: Plan) -> GgufOrigin | None:
+    """The file that was the source, and how much of it is left."""
+    name = plan.source.gguf_name
+    return GgufOrigin(name, plan.n_parameters) if name else None
 
 
 def _pruning_record(plan: Plan, evidence: Evidence) -> PruningRecord:
@@ -292,7 +307,7 @@ def write_texts(work: Workdir, manifest: Manifest, files: BundleFiles, source: P
         manifest.save(work.hf)
     texts: dict[str, str | bytes] = {
         CARD_FILE: gguf_text,
-        MODELFILE: modelfile(manifest, source),
+        MODELFILE: with_join_commands(modelfile(manifest, source), manifest.gguf),
         MANIFEST_FILE: manifest.text(),
     }
     texts |= {one.toml_file: one.recipe_source for one in manifest.gguf if one.has_toml}

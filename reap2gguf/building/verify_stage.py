@@ -134,6 +134,8 @@ class Verify(Stage[Verified]):
 
     def _check_files(self) -> Found:
         """The same of the GGUF files."""
+        if (compared := self._export.compared()) is not None:
+            return compared
         run, pruned, model = self.run, self._pruned, self._pruned.model
         compute, progress = run.plan.options.compute, run.progress
         threads = compute.threads

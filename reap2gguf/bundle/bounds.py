@@ -160,9 +160,15 @@ def check_bounds(manifest: Manifest) -> None:
                 f"bits_per_weight is {shown(file.bits_per_weight)}, expected more than 0 and at "
                 f"most {_MOST_BITS}"
             )
+    if (origin := manifest.source.gguf) is not None:
+        _within(
+            "n_parameters of what is left", origin.n_parameters, 1, manifest.source.n_parameters
+        )
+        if manifest.hf is not None:
+            raise ValueError("hf is a record, expected null: the source is a GGUF file")
     if manifest.hf is not None:
         _within("n_shards", manifest.hf.n_shards, 1, MOST_FILES)
-    elif pruning.n_kept < pruning.n_experts:
+    elif pruning.n_kept < pruning.n_experts and manifest.source.gguf is None:
         raise ValueError("hf is null, expected the record of the pruned safetensors")
     _check_calibration(calibration)
     if calibration.imatrix_coverage is not None:

@@ -174,7 +174,12 @@ def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> st
     `samples` says whether the model's generation config recommends a sampling.
     """
     weights = ""
-    if manifest.hf is None:
+    if manifest.source.gguf is not None:
+        weights = (
+            f"These files were made from the GGUF file {code(manifest.source.gguf.file)}: there "
+            "are no safetensors of them."
+        )
+    elif manifest.hf is None:
         weights = f"For transformers and vLLM, use the safetensors of {_source_link(manifest)}."
     elif names.on_hub:
         weights = f"For transformers and vLLM, the safetensors are in {names.link(names.hf)}."

@@ -110,7 +110,7 @@ Calibration used text only. `{MANIFEST_FILE}` records versions, hashes and the t
 {calibration_table(manifest)}
 
 {_made_with(manifest)}"""
-    rest = f"The pruned\nsafetensors {_what_is_kept(manifest)}{changed_weights(manifest)} {matrix}"
+    rest = f"{_what_stays(manifest)} {matrix}"
     repaired = f"\n\n{found}" if (found := repair_section(manifest)) else ""
     if pruning.merge is not None:
         rest = f"The merged\nsafetensors {_what_is_kept(manifest)}{MERGED_WEIGHTS} {matrix}"
@@ -129,6 +129,22 @@ records versions, hashes, the experts kept in each layer, and the type of each t
 ```bibtex
 {_REAP_CITATION}
 ```"""
+
+
+def _what_stays(manifest: Manifest) -> str:
+    """What became of the weights that were not removed."""
+    if manifest.source.gguf is None:
+        kept = _what_is_kept(manifest)
+        return f"The pruned\nsafetensors {kept}{changed_weights(manifest)}"
+    if all(record.adopted for record in manifest.gguf):
+        return (
+            "All other tensors, and the\nexperts that stay, have the blocks of the source's GGUF "
+            "file, byte for byte: nothing was\nquantized again."
+        )
+    return (
+        "The weights of the source\nwere quantized before: they were dequantized and quantized "
+        f"again, and have lost precision\ntwice.{changed_weights(manifest)}"
+    )
 
 
 def _observed(manifest: Manifest) -> str:

@@ -31,6 +31,7 @@ from reap2gguf.bundle.records import (
     EarlierPruning,
     FileRecord,
     FolderRecord,
+    GgufOrigin,
     GgufRecord,
     ImportanceRecord,
     MergedLayerRecord,
@@ -58,6 +59,7 @@ __all__ = [
     "EarlierPruning",
     "FileRecord",
     "FolderRecord",
+    "GgufOrigin",
     "GgufRecord",
     "ImportanceRecord",
     "Manifest",
@@ -101,7 +103,7 @@ class Manifest:
     source: SourceRecord
     pruning: PruningRecord
     calibration: CalibrationRecord
-    hf: FolderRecord | None  # None: nothing was pruned, and the source's safetensors are not copied
+    hf: FolderRecord | None  # None: nothing was pruned, or the source is a GGUF file
     gguf: Sequence[GgufRecord]
     side_files: Sequence[SideRecord] = field(default_factory=tuple)
     verification: Mapping[str, Any] = field(default_factory=dict)
@@ -127,6 +129,8 @@ class Manifest:
     @property
     def n_parameters(self) -> int:
         """Parameters of the model in the bundle; with all experts, those of the source."""
+        if self.source.gguf is not None:
+            return self.source.gguf.n_parameters
         return self.source.n_parameters if self.hf is None else self.hf.n_parameters
 
     @property
@@ -206,6 +210,8 @@ def _decode(values: dict[str, Any]) -> Manifest:
     source = dict(values["source"])
     if source.get("earlier") is not None:
         source["earlier"] = _earlier_pruning(source["earlier"])
+    if source.get("gguf") is not None:
+        source["gguf"] = _record(GgufOrigin, source["gguf"])
     calibration = dict(values["calibration"])
     calibration["components"] = component_records(calibration["components"])
     if (covered := calibration.get("imatrix_coverage")) is not None:

@@ -26,6 +26,14 @@ class EarlierPruning:
 
 
 @dataclass(frozen=True)
+class GgufOrigin:
+    """A source that is a GGUF file."""
+
+    file: str  # FILE.gguf, or owner/name:FILE.gguf
+    n_parameters: int  # of the model in the bundle, which has no safetensors
+
+
+@dataclass(frozen=True)
 class SourceRecord:
     """The checkpoint that was pruned."""
 
@@ -36,6 +44,12 @@ class SourceRecord:
     n_parameters: int
     n_bytes: int
     earlier: EarlierPruning | None = None
+    gguf: GgufOrigin | None = None  # None: safetensors
+
+    @property
+    def name(self) -> str:
+        """What --source takes: the folder or repository, or the GGUF file."""
+        return self.label if self.gguf is None else self.gguf.file
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from reap2gguf.errors import ObservationError
+from reap2gguf.merging.room import SAMPLES
 from reap2gguf.merging.statistics import Entering, Sums
 from reap2gguf.observing.compute.kernels import finite_rows
 from reap2gguf.observing.saliency import SaliencyObserver
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from reap2gguf.observing.decoder import StreamedDecoder
     from reap2gguf.observing.spool import Spool
     from reap2gguf.repairing.features import Map
-
-SAMPLES = 2**15  # tokens on which neurons are compared, at most: as REAM's authors have it
 
 
 @dataclass
@@ -66,7 +65,7 @@ def capture(
     observer = SaliencyObserver(decoder.model)
     observer.use(decoder.device)
     block = module.get_submodule(path.rpartition(".")[0])
-    with closing(Tap(experts.module, option, block)) as tap:
+    with closing(Tap(experts.module, block, option)) as tap:
         observer.attach(index, module)
         for number, batch in enumerate(batches):
             following = batches[number + 1].span if number + 1 < len(batches) else None
@@ -81,7 +80,8 @@ def capture(
     waiting.flush()
     if not found.n_tokens:
         raise ObservationError(f"no rows are left; {decoder.why_not_finite(index)}")
-    observer.finish(index, [one.cpu() for one in observer.sums()], [*observer.peaks()])
+    sums_of_layer = [one.cpu() for one in observer.sums()]
+    observer.finish(index, sums_of_layer, [one.cpu() for one in observer.peaks()])
     found.seen = observer.layers[index]
     return found
 

@@ -17,7 +17,7 @@ Memory: see `budget.py`. Bits: as a sweep's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -156,6 +156,12 @@ class _Observer(SaliencyObserver):
     def see(self, pairs: RoutedPairs) -> None:
         if len(self._counts):
             super().see(pairs)
+
+    def sums(self) -> Iterable[Tensor]:
+        return super().sums() if len(self._counts) else ()
+
+    def peaks(self) -> Iterable[Tensor]:
+        return super().peaks() if len(self._counts) else ()
 
     def finish(self, index: int, sums: Sequence[Tensor], peaks: Sequence[Tensor]) -> None:
         """Keep the experts of an MTP block that score best; its file has no tensors."""

@@ -9,6 +9,7 @@ from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.deepseek2 import DeepseekV2, DeepseekV3, Glm4MoeLite
+from reap2gguf.models.ernie4_5_moe import Ernie45Moe
 from reap2gguf.models.facts import COUNT_KEYS
 from reap2gguf.models.glm4_moe import Glm4Moe
 from reap2gguf.models.granite_moe import GraniteMoe, GraniteMoeShared
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 ARCHITECTURES: dict[str, type[MoeModel]] = {
     "DeepseekV2ForCausalLM": DeepseekV2,
     "DeepseekV3ForCausalLM": DeepseekV3,
+    "Ernie4_5_MoeForCausalLM": Ernie45Moe,
     "Glm4MoeForCausalLM": Glm4Moe,
     "Glm4MoeLiteForCausalLM": Glm4MoeLite,
     "GraniteMoeForCausalLM": GraniteMoe,

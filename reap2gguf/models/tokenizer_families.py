@@ -136,6 +136,7 @@ _FAMILIES: Mapping[str, TokenizerFamily] = {
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     "kimi_linear": TokenizerFamily({KIMI_STEPS: "kimi-k2"}),
+    "ernie4_5_moe": TokenizerFamily({}, space_prefix=True, sentencepiece=True),
     "olmoe": TokenizerFamily({(GPT2_PATTERN,): "olmo"}),
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,

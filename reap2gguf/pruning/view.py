@@ -23,6 +23,7 @@ from reap2gguf.models.description import Dropped, Expert, ModelFacts, Router
 from reap2gguf.pruning.quantization import pruned_quantization
 
 if TYPE_CHECKING:
+    from reap2gguf.gguf_files.reader import GgufHeader
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.pruning.select import Kept
 
@@ -58,6 +59,10 @@ class _Slices(Weights):
         origin = self._origins[name]
         at = entry if origin.entries is None else origin.entries[entry]
         return self._source.origin(origin.name, at)
+
+    @property
+    def gguf(self) -> GgufHeader | None:
+        return self._source.gguf
 
     def kind(self, name: str) -> str:
         return self._source.kind(self._origins[name].name)

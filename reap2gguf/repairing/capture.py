@@ -21,7 +21,6 @@ from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.observing.compute.crew import current_slice
 from reap2gguf.observing.compute.experts import RoutedPairs, watch
 from reap2gguf.repairing.features import RoutedRows
-from reap2gguf.repairing.layer import split_rows
 
 if TYPE_CHECKING:
     from reap2gguf.observing.batches import Batch
@@ -47,12 +46,13 @@ class Tap:
     def __init__(
         self,
         experts: torch.nn.Module,
-        option: str = "--repair",
         block: torch.nn.Module | None = None,
+        option: str = "--repair",
     ) -> None:
-        """Raises UnsupportedModelError for experts whose outputs are not linear in `down_proj`.
+        """`block`: what routes to the experts, where `take_entering` is wanted.
 
-        `option`: what the user asked for; `block`: what routes to the experts, taken too.
+        `option`: what the user asked for. Raises UnsupportedModelError for experts whose outputs
+        are not linear in `down_proj`.
         """
         watch(experts, watcher := _Unseen())
         if getattr(experts, "is_transposed", False) or getattr(
@@ -67,8 +67,8 @@ class Tap:
         self._entering: dict[int, Tensor] = {}
         self._handles = [experts.register_forward_hook(self._keep, with_kwargs=True)]
         if block is not None:
-            hook = block.register_forward_pre_hook(self._keep_entering, with_kwargs=True)
-            self._handles.append(hook)
+            entering = block.register_forward_pre_hook(self._keep_entering, with_kwargs=True)
+            self._handles.append(entering)
 
     def expect(self, real: RealTokens | None) -> None:
         """A batch is coming, of which these positions are tokens."""
@@ -175,7 +175,7 @@ class LayerRows:
 @contextmanager
 def _tapped(layer: torch.nn.Module, path: str) -> Iterator[Tap]:
     block = layer.get_submodule(path.rpartition(".")[0])
-    with closing(Tap(layer.get_submodule(path), block=block)) as tap:
+    with closing(Tap(layer.get_submodule(path), block)) as tap:
         yield tap
 
 
@@ -254,3 +254,8 @@ def _chosen(batch: Batch, wanted: Tensor, values: Compared, n_experts: int) -> R
         inputs[places], index[places], gates[places], errors[places].to(inputs.dtype), n_experts
     )
     return replace(rows, target_square=float(target[places].double().square().sum()))
+
+
+def split_rows(lengths: Sequence[int], first: int) -> list[bool]:
+    """Which of a batch's rows are held out: every eighth of all, of which `first` came before."""
+    return [(first + number) % 8 == 7 for number in range(len(lengths))]

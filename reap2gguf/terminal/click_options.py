@@ -241,7 +241,7 @@ build_options = together(
         metavar="NAME|FILE,...",
         help="Quantization recipes, with commas or repeated: file types such as Q5_K_M, names of "
         "`reap2gguf recipes list`, or TOML files.",
-        default_text=f"{DEFAULT_RECIPE}; none with a target size",
+        default_text=f"{DEFAULT_RECIPE}; none with a target size; a GGUF file keeps its types",
     ),
     target_options,
     tensor_type_option,

@@ -16,6 +16,7 @@ from click.core import ParameterSource
 
 from reap2gguf.errors import UsageError
 from reap2gguf.messages import shown
+from reap2gguf.options import DEFAULT_RECIPES
 from reap2gguf.terminal.console import say
 from reap2gguf.terminal.help import MODEL, Number, option
 from reap2gguf.terminal.option_types import FilePath, FolderPath
@@ -183,6 +184,8 @@ def settled(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str
         has_size = any(found[name] is not None for name in _SIZES)
         if has_size and _source(ctx, "recipes") is ParameterSource.DEFAULT:
             found["recipes"] = ()
+        elif _source(ctx, "recipes") is ParameterSource.DEFAULT:
+            found["recipes"] = DEFAULT_RECIPES  # this object: none was named
         return found, {}
     if _source(ctx, "recipes") is ParameterSource.DEFAULT:
         like.check_recipes()

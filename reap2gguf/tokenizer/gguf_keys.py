@@ -68,6 +68,8 @@ def add_tokenizer(
     _check_config_ids(folder)
     if family.space_prefix and isinstance(config.get("add_prefix_space"), bool):
         writer.add_add_space_prefix(config["add_prefix_space"])
+    elif is_spm and not puts_space:  # which llama.cpp does where no key says otherwise
+        writer.add_add_space_prefix(False)
     writer.add_tokenizer_model("llama" if is_spm else "gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(vocabulary.tokens)

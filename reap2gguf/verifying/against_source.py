@@ -7,7 +7,6 @@ file was written agree everywhere.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,6 @@ from reap2gguf.checkpoint.config import read_json, read_optional
 from reap2gguf.checkpoint.quantized.keys import sections_of
 from reap2gguf.errors import ArtifactError, CheckpointError, Reap2ggufError
 from reap2gguf.files import cached_blob
-from reap2gguf.hub.source import resolve_source
 from reap2gguf.messages import shown
 from reap2gguf.models.table import describe
 from reap2gguf.pruning.view import PrunedView
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
     from reap2gguf.bundle.records import MergeRecord, RepairRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.hub.source import Source
-    from reap2gguf.progress import Progress
     from reap2gguf.pruning.select import Kept
 
 _MAX_KEPT_LAYERS = 2**12
@@ -95,16 +92,6 @@ class OpenSource:
             checkpoint = checkpoint.dequantized()  # it was pruned so, if it was quantized
         view, violations = _prune(checkpoint, kept, "")
         return PrunedSource(view, tuple(violations))
-
-
-@contextmanager
-def open_source(model: str, progress: Progress) -> Iterator[OpenSource]:
-    """MODEL, which is downloaded where it is compared. Raises what opening a model raises."""
-    source = resolve_source(model, progress.note)
-    source.complete(progress.note)
-    with source.open(progress.note) as checkpoint:
-        checkpoint.report_to(progress)
-        yield OpenSource(source, checkpoint)
 
 
 def _prune(

@@ -409,7 +409,8 @@ def _say_what_is_missing(
     if reference is None and check.strictness.reads_values:
         why = "the safetensors are " + ("not beside it" if hf is None else "not readable")
         if manifest.hf is None:
-            why = f"the bundle has none of its own; pass --source {one_line(manifest.source.label)}"
+            name = one_line(manifest.source.name)
+            why = f"the bundle has none of its own; pass --source {name}"
         say(f"values not compared: {why}")
         say(f"recipes not applied again: {why}")
     if check.strictness.source is None:

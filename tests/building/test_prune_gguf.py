@@ -238,6 +238,7 @@ def test_a_source_that_ends_early(source: Path, tmp_path: Path) -> None:
     [
         ("out", {}, "pass a name that ends in .gguf"),
         ("out.gguf", {"repair": "ridge"}, "--repair: it makes new weights"),
+        ("out.gguf", {"method": "ream"}, "--method ream: it makes new weights"),
         ("out.gguf", {"dequantize": "bf16"}, "--dequantize: the blocks of a GGUF file stay"),
         ("out.gguf", {"kept": {0: [0, 1]}}, "layer 1 is missing"),
         ("out.gguf", {"kept": {0: [0, 6], 1: [0, 1]}}, "layer 0 keeps expert 6"),

@@ -85,7 +85,7 @@ def barred(whole: Any, model: MoeModel, kept: Kept) -> Iterator[None]:
         is_dropped[list(kept[role.layer])] = False
         if rest.endswith("bias"):
             with torch.no_grad():
-                tensor[is_dropped] = -torch.inf
+                tensor[..., is_dropped] = -torch.inf
         else:
             dropped[id(tensor)] = is_dropped
     linear = torch.nn.functional.linear

@@ -119,8 +119,10 @@ def test_spaces_that_llama_cpp_puts_alone_are_told(
     assert all(word in caveat for word, caveat in zip(words, caveats, strict=True))
 
 
+@pytest.mark.parametrize("says", [False, None])
 @pytest.mark.parametrize("form", ["metaspace", "normalizer"])
-def test_no_space_before_a_text(form: str, tmp_path: Path) -> None:
+def test_no_space_before_a_text(form: str, says: bool | None, tmp_path: Path) -> None:
+    """Also where tokenizer_config.json does not say it, and llama.cpp would put one."""
     description = spm_tokenizer()
     if form == "metaspace":
         description |= {
@@ -129,7 +131,7 @@ def test_no_space_before_a_text(form: str, tmp_path: Path) -> None:
         }
     else:
         del description["normalizer"]["normalizers"][0]
-    config = {"add_prefix_space": False}
+    config = {"add_prefix_space": says}
     write_spm(tmp_path, description, piece_model(adds_space=False), config)
     assert check_tokenizer(tmp_path, VOCAB_SIZE, FAMILY) == ()
     mine = Tokenizer(tmp_path)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen3MoeConfig
+from transformers import NemotronHConfig, Qwen3MoeConfig
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from reap2gguf.errors import UnsupportedModelError
@@ -109,6 +110,46 @@ def test_outputs_and_pairs(
         torch.testing.assert_close(seen["activations"][begin:end], activations, **close)
         torch.testing.assert_close(seen["norms"][:, begin:end], norms, **close)
         assert torch.equal(seen["gates"][begin:end], gates.cpu()[token, place])
+        begin = end
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("with_squares", [False, True])
+def test_experts_without_a_gate_on_a_latent(
+    device: str, way: str, with_squares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, chosen, gates = case(device)
+    config = NemotronHConfig(
+        hidden_size=HIDDEN, moe_latent_size=16, moe_intermediate_size=WIDTH,
+        n_routed_experts=N_EXPERTS, layers_block_type=["moe"],
+    )  # fmt: skip
+    config._experts_implementation = "eager"
+    module = NemotronHExperts(config).requires_grad_(False)
+    for weight in module.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    module = module.to(device)
+    hidden = torch.randn(N_TOKENS, 16).to(device)
+    with torch.inference_mode():
+        expected = module(hidden, chosen, gates)
+    for name in WAYS:
+        monkeypatch.setattr(experts_module, name, getattr(experts_module, way))
+    keeper = Keeper(True, None)
+    keeper.wants_squares = with_squares
+    watch(module, keeper)
+    with torch.inference_mode():
+        found = observed_experts_forward(module, hidden, chosen, gates)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    seen, begin = keeper.whole(), 0
+    for expert in range(N_EXPERTS):
+        token, _ = torch.where(chosen.cpu() == expert)
+        inputs, end = hidden.cpu()[token], begin + len(token)
+        activations = torch.relu(inputs @ module.up_proj[expert].cpu().T).square()
+        norms = (activations @ module.down_proj[expert].cpu().T).norm(dim=-1)
+        assert torch.equal(seen["inputs"][begin:end], inputs)
+        close = {"rtol": 1e-3, "atol": 1e-4}
+        torch.testing.assert_close(seen["activations"][begin:end], activations, **close)
+        torch.testing.assert_close(seen["norms"][0, begin:end], norms, **close)
         begin = end
 
 
