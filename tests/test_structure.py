@@ -37,6 +37,11 @@ COVERED_BY = [
         "vocabularies of characters that are broken",
         ("tokenizer/character_bpe.py",),
     ),
+    (
+        "observing/compute/test_experts.py",
+        "whole experts, with a gate and without one",
+        ("observing/compute/gating.py",),
+    ),
     ("quantizing/ik/test_workers.py", "the program that they run", ("quantizing/ik/worker.py",)),
     (
         "building/test_fit_stage.py",

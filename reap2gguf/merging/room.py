@@ -36,7 +36,7 @@ def _ream_bytes(
     facts: ModelFacts, n_positions: int, group_size: int, n_threads: int, itemsize: int
 ) -> int:
     """Bytes of a layer's statistics for REAM, or of its alignment: the larger of both."""
-    hidden, width = facts.hidden_size, facts.expert_width
+    hidden, width = facts.expert_io_width, facts.expert_width
     samples = min(SAMPLES, n_positions) * hidden * itemsize
     piece = n_threads * min(PIECE, n_positions) * width * (3 * itemsize + 8)
     sums = 8 * facts.n_experts * (facts.n_experts + width) + piece
@@ -47,7 +47,9 @@ def _ream_bytes(
 
 def _ttm_bytes(facts: ModelFacts) -> int:
     """Bytes of the outputs that are compared at once, and of their cosines."""
-    return 2 * max(COSINE_BYTES, LEAST_COMPARED * token_bytes(facts.n_experts, facts.hidden_size))
+    return 2 * max(
+        COSINE_BYTES, LEAST_COMPARED * token_bytes(facts.n_experts, facts.expert_io_width)
+    )
 
 
 def token_bytes(n_experts: int, hidden: int) -> int:

@@ -28,13 +28,14 @@ _EPS = 1e-8
 class Entering:
     """What enters the experts of a layer: tokens without padding, and where they are routed."""
 
-    inputs: Tensor  # (n, H)
+    inputs: Tensor  # (n, H), or of a latent that is made of `routed`
     index: Tensor  # (n, K), experts
+    routed: Tensor  # (n, H), what the router multiplies
 
     def piece(self, first: int, count: int) -> Entering:
         """`count` tokens from the `first` one."""
         part = slice(first, first + count)
-        return Entering(self.inputs[part], self.index[part])
+        return Entering(self.inputs[part], self.index[part], self.routed[part])
 
 
 class Sums(Protocol):
@@ -64,8 +65,8 @@ class ReamSums:
 
     def add(self, entering: Entering, experts: ModuleExperts, each: Map) -> None:
         for first in range(0, len(entering.inputs), PIECE):
-            inputs = entering.inputs[first : first + PIECE]
-            logits = linear(inputs.float(), self.router)
+            part = entering.piece(first, PIECE)
+            inputs, logits = part.inputs, linear(part.routed.float(), self.router)
             self.logits_gram += logits.double().T @ logits.double()
             gates = torch.softmax(logits, dim=-1).double()  # (n, E)
             for expert, found in enumerate(

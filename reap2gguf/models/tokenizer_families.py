@@ -75,6 +75,13 @@ _O200K_PATTERN = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 O200K_STEPS = (_O200K_PATTERN,)
+# that of Mistral's Tekken: the same without contractions, and every digit is a word
+_TEKKEN_PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_O200K_UPPER}*{_O200K_LOWER}+"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_O200K_UPPER}+{_O200K_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEKKEN_STEPS = (_TEKKEN_PATTERN,)
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,8 @@ _FAMILIES: Mapping[str, TokenizerFamily] = {
     "granitemoeshared": _GRANITE,
     "minimax_m2": TokenizerFamily({O200K_STEPS: "minimax-m2"}, may_overlap=True),
     "mixtral": TokenizerFamily({}, space_prefix=True, sentencepiece=True),
+    # llama.cpp's converter says pixtral, under which llama.cpp splits as llama3's pattern does
+    "nemotron_h": TokenizerFamily({TEKKEN_STEPS: "tekken"}),
     "qwen3_omni_moe": TokenizerFamily(
         {}, replaced_special={"bos": "<|im_end|>", "eos": "<|im_end|>"}
     ),

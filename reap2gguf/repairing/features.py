@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from reap2gguf.observing.compute.experts import activated, first_matrices
+from reap2gguf.observing.compute.gating import activated, first_matrices
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -52,6 +52,17 @@ _O200K = (
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_O200K_UPPER}+{_O200K_LOWER}*{_CONTRACTIONS}?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _SPACES
 )
+# and for Mistral's Tekken
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_O200K_UPPER}*{_O200K_LOWER}+"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_O200K_UPPER}+{_O200K_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _SPACES
+)
+_EITHER_CASE = (
+    "llama.cpp's {} takes a letter beyond ASCII for a capital and a small one at once, and a "
+    "combining mark for no letter, and transformers does not: text such as ÉCOLE can get other "
+    "token ids there"
+)
 
 
 @dataclass(frozen=True)
@@ -111,11 +122,9 @@ PRE_TOKENIZERS = {
         differs="llama.cpp's kimi-k2 begins no new word at a capital letter or a combining mark, "
         "and transformers does: text such as camelCase can get other token ids there",
     ),
-    "minimax-m2": PreTokenizer(
-        (_O200K,),
-        differs="llama.cpp's minimax-m2 takes a letter beyond ASCII for a capital and a small one "
-        "at once, and a combining mark for no letter, and transformers does not: text such as "
-        "ÉCOLE can get other token ids there",
+    "minimax-m2": PreTokenizer((_O200K,), differs=_EITHER_CASE.format("minimax-m2")),
+    "tekken": PreTokenizer(
+        (_TEKKEN,), ignore_merges=True, adds_bos=True, differs=_EITHER_CASE.format("tekken")
     ),
 }
 

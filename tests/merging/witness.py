@@ -41,7 +41,7 @@ class Block:
 
 def block_of(source: Path, stream: Path, rows: list[np.ndarray], path: str) -> Block:
     """The source's experts on what reaches them in the model `stream`."""
-    inputs = calls(stream, rows, path).inputs
+    entering = calls(stream, rows, path).entering
     whole: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     modules = dict(whole.named_modules())
     name = next(name for name in modules if name.endswith(path))
@@ -53,24 +53,31 @@ def block_of(source: Path, stream: Path, rows: list[np.ndarray], path: str) -> B
 
     experts.register_forward_pre_hook(keep, with_kwargs=True)
     with torch.inference_mode():
-        block(torch.from_numpy(inputs).float()[None])
-    _, index, gates = (one.reshape(-1, one.shape[-1]) for one in kept[0][:3])
-    gate, up = experts.gate_up_proj.detach().double().chunk(2, dim=1)
+        block(torch.from_numpy(entering).float()[None])
+    x, index, gates = (one.reshape(-1, one.shape[-1]) for one in kept[0][:3])
+    x = x.double()
+    if has_gate := hasattr(experts, "gate_up_proj"):
+        gate, up = experts.gate_up_proj.detach().double().chunk(2, dim=1)
+    else:
+        up = experts.up_proj.detach().double()
+        gate = up[..., :0]
     down = experts.down_proj.detach().double()
     (router,) = (
         parameter
         for name, parameter in block.named_parameters()
-        if tuple(parameter.shape) == (len(down), inputs.shape[1]) and "experts" not in name
+        if tuple(parameter.shape) == (len(down), entering.shape[1]) and "experts" not in name
     )
-    x = torch.from_numpy(inputs)
     activations = torch.stack(
-        [experts.act_fn(x @ g.T) * (x @ u.T) for g, u in zip(gate, up, strict=True)]
+        [
+            experts.act_fn(x @ g.T) * (x @ u.T) if has_gate else torch.relu(x @ u.T).square()
+            for g, u in zip(gate, up, strict=True)
+        ]
     )
     return Block(
-        inputs,
+        x.numpy(),
         index.numpy(),
         gates.double().numpy(),
-        inputs @ router.detach().double().numpy().T,
+        entering @ router.detach().double().numpy().T,
         activations.numpy(),
         (activations @ down.transpose(1, 2)).numpy(),
         gate.numpy(),

@@ -16,6 +16,7 @@ from reap2gguf.models.tokenizer_families import (
     DEEPSEEK_V3_STEPS,
     LLAMA3_STEPS,
     O200K_STEPS,
+    TEKKEN_STEPS,
 )
 from tests.tokenizer.small import QWEN2, SMALL_SIZE, added, byte_level, split, tokenizer
 
@@ -200,6 +201,24 @@ PUBLISHED = (
             "unk_token": "]!d~[",
             "tokenizer_class": "GPT2Tokenizer",
         },
+    ),
+    Published(
+        "nemotron_h",
+        "NemotronHForCausalLM",
+        "tekken",
+        [split(TEKKEN_STEPS[0]), LAST],
+        ["<unk>", "<s>", "</s>", "[INST]", "[TOOL_CALLS]", "<|im_start|>", "<|im_end|>",
+         "<SPECIAL_18>", "<SPECIAL_19>"],
+        ["<think>", "</think>", "<tool_call>", "</tool_call>"],
+        {
+            "add_bos_token": False,
+            "bos_token": "<s>",
+            "eos_token": "<|im_end|>",
+            "unk_token": "<unk>",
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        },
+        {"bos_token_id": 258, "eos_token_id": 259, "pad_token_id": 257},
+        ignore_merges=True,
     ),
     Published(
         "olmoe",

@@ -19,6 +19,7 @@ from reap2gguf.models.tokenizer_families import (
     DEEPSEEK_V3_STEPS,
     KIMI_STEPS,
     O200K_STEPS,
+    TEKKEN_STEPS,
     TokenizerFamily,
 )
 from reap2gguf.tokenizer.llama_bpe import LlamaBpe
@@ -56,10 +57,20 @@ STEPS: dict[str, list[dict[str, Any]]] = {
     "refact": [DIGITS, {**SPLITS_ITSELF, "use_regex": True}],
     "kimi-k2": [*map(split, KIMI_STEPS), LAST],
     "minimax-m2": [*map(split, O200K_STEPS), LAST],
+    "tekken": [*map(split, TEKKEN_STEPS), LAST],
 }
 
 
 _CASED, _MARKS = ("Lu", "Lt", "Ll"), ("Mn", "Mc", "Me")
+
+
+def _one_case(text: str) -> str:
+    """A text without letters beyond ASCII that have case, and the small letters of the same."""
+    return "".join(
+        c for c in text if c < "\x80" or unicodedata.category(c) not in (*_CASED, *_MARKS)
+    ) + "".join(c for c in text.lower() if unicodedata.category(c) not in (*_CASED[:2], *_MARKS))
+
+
 # texts in which llama.cpp gives other ids, as its users are told
 DIFFERENT: dict[str, Callable[[str], str]] = {
     "gpt-4o": lambda text: (
@@ -74,10 +85,8 @@ DIFFERENT: dict[str, Callable[[str], str]] = {
     "kimi-k2": lambda text: "".join(
         char for char in text.lower() if unicodedata.category(char)[0] != "M"
     ),
-    "minimax-m2": lambda text: (
-        "".join(c for c in text if c < "\x80" or unicodedata.category(c) not in (*_CASED, *_MARKS))
-        + "".join(c for c in text.lower() if unicodedata.category(c) not in (*_CASED[:2], *_MARKS))
-    ),
+    "minimax-m2": _one_case,
+    "tekken": _one_case,
 }
 
 

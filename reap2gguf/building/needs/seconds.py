@@ -252,9 +252,9 @@ def _merge(plan: Plan, sizes: Sizes, amount: Amount, host: Host) -> float:
     facts, n_layers = plan.model.facts, len(merged_layers(plan.model))
     is_ream = plan.method == "ream"
     passing = (1 + is_ream) * _pass(plan, sizes, amount.n_tokens, amount, host)
-    matrix = facts.hidden_size * facts.expert_width
+    matrix = facts.expert_io_width * facts.expert_width
     dense = 2 * (2 if is_ream else 3) * matrix * facts.n_experts * amount.n_tokens
-    size = 3 * facts.hidden_size
+    size = 3 * facts.expert_io_width
     aligning = facts.n_experts * facts.expert_width * size**2 + 6 * size**3 if is_ream else 0
     if host.gpu_factor is not None:
         each = (dense / _H100_FLOPS + aligning / _H100_FLOAT32) * host.gpu_factor

@@ -27,6 +27,7 @@ from torch.nn.functional import grouped_mm, linear
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.observing.compute import fused, kernels
 from reap2gguf.observing.compute.crew import Crew, current_slice
+from reap2gguf.observing.compute.gating import activated, first_name
 
 IMPLEMENTATION = "reap2gguf"
 _OBSERVER = "reap2gguf_observer"
@@ -99,23 +100,6 @@ def watch(experts: torch.nn.Module, observer: ExpertsObserver) -> None:
             f"{type(experts).__name__}: experts of this kind are not supported"
         )
     setattr(experts, _OBSERVER, observer)
-
-
-def first_name(experts: Any) -> str:
-    """The parameter that the experts' inputs are multiplied with: without a gate it is another."""
-    return "gate_up_proj" if experts.has_gate else "up_proj"
-
-
-def first_matrices(experts: Any) -> Tensor:
-    """What the experts' inputs are multiplied with: (E, 2F, H), or (E, F, H) without a gate."""
-    weights: Tensor = getattr(experts, first_name(experts))
-    return weights
-
-
-def activated(experts: Any, products: Tensor) -> Tensor:
-    """What the down matrices multiply, (S, F), by the module's own code."""
-    found: Tensor = (experts._apply_gate if experts.has_gate else experts.act_fn)(products)
-    return found
 
 
 def observed_experts_forward(

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GptOssConfig, Qwen3MoeConfig
+from transformers import GptOssConfig, NemotronHConfig, Qwen3MoeConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from reap2gguf.errors import UnsupportedModelError
@@ -176,6 +177,46 @@ def test_the_kernel_of_swiglu_is_not_for_a_clamped_one() -> None:
     assert fused.is_swiglu(case("cpu")[0])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("with_squares", [False, True])
+def test_experts_without_a_gate_on_a_latent(
+    device: str, way: str, with_squares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, chosen, gates = case(device)
+    config = NemotronHConfig(
+        hidden_size=HIDDEN, moe_latent_size=16, moe_intermediate_size=WIDTH,
+        n_routed_experts=N_EXPERTS, layers_block_type=["moe"],
+    )  # fmt: skip
+    config._experts_implementation = "eager"
+    module = NemotronHExperts(config).requires_grad_(False)
+    for weight in module.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    module = module.to(device)
+    hidden = torch.randn(N_TOKENS, 16).to(device)
+    with torch.inference_mode():
+        expected = module(hidden, chosen, gates)
+    for name in WAYS:
+        monkeypatch.setattr(experts_module, name, getattr(experts_module, way))
+    keeper = Keeper(True, None)
+    keeper.wants_squares = with_squares
+    watch(module, keeper)
+    with torch.inference_mode():
+        found = observed_experts_forward(module, hidden, chosen, gates)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    seen, begin = keeper.whole(), 0
+    for expert in range(N_EXPERTS):
+        token, _ = torch.where(chosen.cpu() == expert)
+        inputs, end = hidden.cpu()[token], begin + len(token)
+        activations = torch.relu(inputs @ module.up_proj[expert].cpu().T).square()
+        norms = (activations @ module.down_proj[expert].cpu().T).norm(dim=-1)
+        assert torch.equal(seen["inputs"][begin:end], inputs)
+        close = {"rtol": 1e-3, "atol": 1e-4}
+        torch.testing.assert_close(seen["activations"][begin:end], activations, **close)
+        torch.testing.assert_close(seen["norms"][0, begin:end], norms, **close)
+        begin = end
+
+
 def test_weights_may_stay_in_the_type_they_are_stored_in() -> None:
     module, hidden, chosen, gates = case("cpu")
     half = module.to(torch.bfloat16)
@@ -195,10 +236,8 @@ def test_norms_are_computed_only_where_they_are_wanted() -> None:
 
 
 def test_experts_of_another_kind_are_refused() -> None:
-    module, *_ = case("cpu")
-    module.has_gate = False
-    with pytest.raises(UnsupportedModelError, match="Qwen3MoeExperts: experts without a gate"):
-        watch(module, Keeper(False, None))
+    with pytest.raises(UnsupportedModelError, match="Linear: experts of this kind"):
+        watch(torch.nn.Linear(2, 2), Keeper(False, None))
 
 
 def test_a_thread_widens_all_experts_into_the_same_memory() -> None:
