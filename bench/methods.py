@@ -10,7 +10,9 @@ repairs the best criterion and chooses; what it chose is measured like the rest.
 of one calibration are measured in one sweep, as views. The tables have means over the calibrations,
 and the standard errors of these means.
 
-`--main-only` numbers of `--drop` get the methods of MAIN alone.
+`--main-only` numbers of `--drop` get the methods of MAIN alone, and `--methods` names those that
+all get, without `auto`. Methods that merge experts do so on the same rows; `ream C=4` is REAM with
+groups of at most 4 experts in place of 16.
 """
 
 from __future__ import annotations
@@ -39,10 +41,14 @@ from reap2gguf.evaluating.figures import perplexity
 from reap2gguf.evaluating.opening import OpenVariants
 from reap2gguf.evaluating.scores import Scores
 from reap2gguf.evaluating.variants import Variant
+from reap2gguf.merging.folder import MergeFolder, view_of
+from reap2gguf.merging.layer import MergeSpec
+from reap2gguf.merging.sweep import merge
 from reap2gguf.observing.passes import observe
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
-from reap2gguf.pruning.methods import FROM_WEIGHTS, METHODS
+from reap2gguf.pruning.methods import FROM_WEIGHTS, GROUP_SIZE, METHODS, merges
+from reap2gguf.pruning.replaced import ReplacedView
 from reap2gguf.pruning.select import Kept, choose_target, keep_best, select_experts
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.weight_scores import weight_scores
@@ -50,7 +56,6 @@ from reap2gguf.repairing.layer import RepairKind
 from reap2gguf.repairing.limits import repaired_layers
 from reap2gguf.repairing.record import RepairFolder
 from reap2gguf.repairing.sweep import repair
-from reap2gguf.repairing.view import RepairedView
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 
 CHUNK = 512
@@ -58,7 +63,7 @@ TEXTS = ("evaluation", "other domain")
 SUM = "weighted_ean_sum"
 MAIN = (
     *("reap", SUM, "weighted_frequency", "frequency", "ean_sum", "ean_mean", "msan", "mix50"),
-    "aimer",
+    *("aimer", "ream", "ream C=4", "hc_smoe"),
 )
 Name = tuple[int, str]  # experts dropped, and the method
 
@@ -118,9 +123,13 @@ class Bench:
             seen, split = self.observed(rows), hold_out(rows)
             of_auto = self.observed(split.seen)
             for drop in self.arguments.drop:
-                methods = MAIN if drop in self.arguments.main_only else METHODS
-                for method in methods:
-                    views[drop, method] = self.view(self.selected(seen, method, drop))
+                for method in self.methods(drop):
+                    if merges(method.partition(" ")[0]):
+                        views[drop, method] = self.merged(rows, method, drop, stack)
+                    else:
+                        views[drop, method] = self.view(self.selected(seen, method, drop))
+                if self.arguments.methods:
+                    continue
                 best = views[drop, SUM]
                 views[drop, f"{SUM}{REPAIRED}"] = self.repaired(best, rows, stack)
                 views[drop, f"{SUM}+scale"] = self.repaired(best, rows, stack, "scale")
@@ -128,6 +137,24 @@ class Bench:
                 found.chosen[drop] = name
             self.measure(views, found)
         return found
+
+    def methods(self, drop: int) -> Sequence[str]:
+        """The methods that a number of experts is dropped by."""
+        if self.arguments.methods:
+            return tuple(self.arguments.methods)
+        return MAIN if drop in self.arguments.main_only else (*METHODS, "ream C=4")
+
+    def merged(self, rows: ObservationRows, name: str, drop: int, stack: ExitStack) -> PrunedView:
+        """The model whose experts are merged; after the method, its name may have a group size."""
+        method, _, size = name.partition(" C=")
+        weights, model = self.source.weights, self.source.model
+        target = choose_target(model.facts, model.facts.n_experts - drop, None)
+        files = MergeFolder(Path(stack.enter_context(TemporaryDirectory())), "bench")
+        spec = MergeSpec(method, target, int(size or GROUP_SIZE))
+        layers = merge(weights, model, rows.rows, spec, files, self.compute, Silent())
+        view = view_of(weights, model, layers, files)
+        stack.callback(view.close)
+        return view
 
     def view(self, kept: Kept) -> PrunedView:
         return PrunedView(self.source.weights, self.source.model, kept)
@@ -153,7 +180,7 @@ class Bench:
         repair(view, rows.rows, kind, files, self.compute, Silent())
         stored = files.open(repaired_layers(view.model))
         stack.callback(stored.close)
-        return RepairedView(view, stored)
+        return ReplacedView(view, stored)
 
     def chosen(
         self,
@@ -248,6 +275,8 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--drop", type=int, nargs="+", default=[4, 8, 10])
     parser.add_argument("--main-only", type=int, nargs="*", default=[])
+    parser.add_argument("--methods", nargs="*", default=[])
+    parser.add_argument("--runs", type=int, help="of the subsets; all of them by default")
     parser.add_argument("--subsets", type=int, default=3)
     parser.add_argument("--chunks", type=int, default=64)
     parser.add_argument("--device", default="cpu")
@@ -260,7 +289,7 @@ def main() -> None:
             opened = OpenVariants(stack, Silent())
             opened.source(model)
             bench = Bench(opened.variants[0], Tokenizer(Path(model)), arguments, compute)
-            measured = [bench.run(subset) for subset in range(arguments.subsets)]
+            measured = [bench.run(number) for number in range(arguments.runs or arguments.subsets)]
         base = ", ".join(f"{text} {measured[0].base[text]:.3f}" for text in TEXTS)
         print(f"\n{Path(model).name}: perplexity of the source: {base}")
         for drop in arguments.drop:

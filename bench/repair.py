@@ -93,8 +93,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         f"seconds_of_{arguments.of}_layers": round(float(later.mean()) * arguments.of, 1),
         "seconds_whole": round(whole, 2),
         "peak_host_gib": round(peak_bytes() / 2**30, 2),
-        "errors": {k: [one.fit.error_before, one.fit.error_after] for k, one in found.items()},
-        "alphas": {layer: one.fit.alpha for layer, one in found.items()},
+        "errors": {k: [one.facts.error_before, one.facts.error_after] for k, one in found.items()},
+        "alphas": {layer: one.facts.alpha for layer, one in found.items()},
     }
     if torch.cuda.is_available() and arguments.device != "cpu":
         figures["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)

@@ -15,9 +15,9 @@ from typing import TypeVar
 
 from reap2gguf.choosing.names import AUTO, BUILD_METHODS, check_candidates
 from reap2gguf.errors import UsageError
-from reap2gguf.fitting.target import SizeTarget
+from reap2gguf.fitting.target import DEFAULT_SENSITIVITY, SENSITIVITIES, SizeTarget
 from reap2gguf.machine import available_threads
-from reap2gguf.pruning.counts import check_counts
+from reap2gguf.pruning.counts import WEIGHED, check_asked, check_counts, check_weighed
 from reap2gguf.pruning.protection import Protection, read_pinned
 
 MTP_CHOICES = ("prune", "drop")
@@ -45,7 +45,7 @@ class CheckQuants(Enum):
 
 
 DEFAULT_RECIPE = "Q4_K_M"
-_DEFAULT_RECIPES = (DEFAULT_RECIPE,)  # this object: none was named
+DEFAULT_RECIPES = (DEFAULT_RECIPE,)  # this object: none was named
 _Kind = TypeVar("_Kind")
 
 
@@ -135,7 +135,7 @@ def _recipes(given: object, may_be_none: bool = False) -> tuple[str | RecipeText
     found: list[str | RecipeText] = []
     for recipe in recipes:
         found += [recipe] if isinstance(recipe, RecipeText) else split_recipes(recipe)
-    return tuple(found)
+    return DEFAULT_RECIPES if given is DEFAULT_RECIPES else tuple(found)
 
 
 def split_recipes(recipe: object) -> list[str]:
@@ -265,11 +265,11 @@ class ComputeOptions:
 class BuildOptions:
     """The arguments of `build` and `plan`."""
 
-    recipes: tuple[str | RecipeText, ...] = _DEFAULT_RECIPES  # with a target size, what is named
+    recipes: tuple[str | RecipeText, ...] = DEFAULT_RECIPES  # with a target size, what is named
     model: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)  # by recipe, in place of its own
     keep_experts: int | None = None
-    compression: float | None = None
+    compression: float | str | None = None  # a share of the experts, or WEIGHED
     output: Path = Path("build")
     name: str | None = None
     method: str = "reap"  # a criterion, or auto: the best of `candidates`
@@ -279,6 +279,7 @@ class BuildOptions:
     protect_super_experts: bool = False  # whether experts with outliers in their outputs stay
     mtp: str = "prune"  # what to do with a multi-token-prediction block: prune or drop
     repair: str = "none"  # how the kept experts make up for the others: none, ridge or scale
+    group_size: int | None = None  # experts of a group of the method ream; None: GROUP_SIZE
     dequantize: str | None = None  # type of a quantized source's safetensors; None: as it has them
     calibration: CalibrationOptions = CalibrationOptions()
     kept: Path | None = None  # a map of the experts that stay, such as `prune` writes
@@ -298,11 +299,12 @@ class BuildOptions:
     target_bpw: float | None = None  # bits per weight
     fit: int | None = None  # bytes of a GPU's memory
     fit_context: int | None = None  # tokens that it holds beside the file; None: 8192
+    sensitivity: str = DEFAULT_SENSITIVITY  # how errors of tensors are weighed: table or measured
     evaluate: str = "auto"  # whether quality is measured: auto, always or never
 
     def __post_init__(self) -> None:
         has_target = self.target is not None  # or raises UsageError
-        named = () if has_target and self.recipes is _DEFAULT_RECIPES else self.recipes
+        named = () if has_target and self.recipes is DEFAULT_RECIPES else self.recipes
         object.__setattr__(self, "recipes", _recipes(named, may_be_none=has_target))
         object.__setattr__(self, "tensor_types", check_tensor_types(self.tensor_types))
         object.__setattr__(self, "labels", check_labels(self.labels))
@@ -310,20 +312,23 @@ class BuildOptions:
             object.__setattr__(self, "model", str(self.model))
         if self.name is not None:
             check_kind("name", self.name, str)
-        check_counts(self.keep_experts, self.compression)
+        check_counts(self.keep_experts, None if self.weighs else self.compression)
         check_kind("calibration", self.calibration, CalibrationOptions)
         check_kind("compute", self.compute, ComputeOptions)
         for name in ("fresh", "replace", "check_space", "follow_links", "protect_super_experts"):
             check_bool(name, getattr(self, name))
         check_choice("method", self.method, BUILD_METHODS)
         self._check_choosing()
+        if self.weighs:
+            check_weighed(self.method, self.keep_experts, has_target, self.kept)
         read_pinned(self.protect)
-        check_choice("mtp", self.mtp, MTP_CHOICES)
-        check_choice("repair", self.repair, REPAIR_CHOICES)
+        choices = MTP_CHOICES, REPAIR_CHOICES, EVALUATE_CHOICES, IMATRIX_FROM_CHOICES
+        for name, known in zip(("mtp", "repair", "evaluate", "imatrix_from"), choices, strict=True):
+            check_choice(name, getattr(self, name), known)
+        check_asked(self.method, self.repair, self.group_size)
         if self.dequantize is not None:
             check_choice("dequantize", self.dequantize, DEQUANTIZE_CHOICES)
-        check_choice("evaluate", self.evaluate, EVALUATE_CHOICES)
-        check_choice("imatrix_from", self.imatrix_from, IMATRIX_FROM_CHOICES)
+        check_choice("sensitivity", self.sensitivity, SENSITIVITIES)
         check_number("chunk", self.chunk, 8)
         if self.imatrix_chunks is not None:
             check_number("imatrix_chunks", self.imatrix_chunks, 1)
@@ -346,6 +351,16 @@ class BuildOptions:
         return SizeTarget.of(self.target_size, self.target_bpw, self.fit, self.fit_context)
 
     @property
+    def weighs(self) -> bool:
+        """Whether the build finds how many experts stay, by what each number costs."""
+        return self.compression == WEIGHED
+
+    @property
+    def ratio(self) -> float | None:
+        """The share of the experts that is removed, where a number was given."""
+        return None if isinstance(self.compression, str) else self.compression
+
+    @property
     def protection(self) -> Protection:
         """The experts that stay whatever they score."""
         return Protection(read_pinned(self.protect), self.protect_super_experts)
@@ -354,7 +369,8 @@ class BuildOptions:
         """Candidates by name; refuse what has no effect without `auto`."""
         if self.candidates is not None:
             object.__setattr__(self, "candidates", check_candidates(self.candidates))
-        for name in ("candidates", "choose_text") if self.method != AUTO else ():
+        needless = () if self.method == AUTO else ("candidates", "choose_text")
+        for name in needless[: 1 if self.weighs else 2]:
             if getattr(self, name) is not None:
                 raise UsageError(f"{name} is for the method auto; pass it, or leave this out")
 
@@ -382,38 +398,3 @@ class AddOptions:
         check_bool("exact", self.exact)
         if not recipes and not files:
             raise UsageError("nothing to add: pass a recipe, such as q8_0, or a GGUF file")
-
-
-@dataclass(frozen=True)
-class BundleOptions:
-    """The arguments of `bundle`: what single commands made."""
-
-    folder: Path  # of `prune`, or a model that is not pruned
-    files: tuple[Path, ...]  # GGUF files of that model
-    source: str | None = None  # MODEL that was pruned
-    imatrix: Path | None = None
-    observations: Path | None = None
-    text: Path | None = None  # that the importance matrix was computed on
-    output: Path = Path("build")
-    name: str | None = None  # None: the folder's
-    labels: Mapping[str, str] = field(default_factory=dict)  # by file
-    threads: int = field(default_factory=available_threads)
-
-    def __post_init__(self) -> None:
-        for name in ("folder", "output"):
-            object.__setattr__(self, name, check_path(name, getattr(self, name)))
-        for name in ("imatrix", "observations", "text"):
-            if (path := getattr(self, name)) is not None:
-                object.__setattr__(self, name, check_path(name, path))
-        files = tuple(check_path("files", path) for path in self.files)
-        object.__setattr__(self, "files", files)
-        if not files:
-            raise UsageError("no GGUF file was given; `reap2gguf quantize` writes one")
-        if self.text is not None and self.imatrix is None:
-            raise UsageError("--text is that of an importance matrix; pass it with --imatrix")
-        if self.name is not None:
-            check_kind("name", self.name, str)
-        object.__setattr__(self, "labels", check_labels(self.labels))
-        if unknown := sorted(self.labels.keys() - set(map(str, files))):
-            raise UsageError(f"--label {unknown[0]}=...: no such file was given")
-        check_number("threads", self.threads, 1, MOST_THREADS)

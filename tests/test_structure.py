@@ -27,6 +27,16 @@ MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 
 # Modules without a test file of their own name: the file that tests them, why there, and which.
 COVERED_BY = [
+    (
+        "models/test_qwen_vision.py",
+        "settings of images in one file or two",
+        ("models/image_settings.py",),
+    ),
+    (
+        "tokenizer/test_sentencepiece.py",
+        "vocabularies of characters that are broken",
+        ("tokenizer/character_bpe.py",),
+    ),
     ("quantizing/ik/test_workers.py", "the program that they run", ("quantizing/ik/worker.py",)),
     (
         "building/test_fit_stage.py",
@@ -38,16 +48,60 @@ COVERED_BY = [
         "budgets, and what is refused before anything is measured",
         ("fitting/solving.py",),
     ),
+    (
+        "models/test_nemotron_h.py",
+        "headers of the whole family",
+        ("models/nemotron_from_gguf.py",),
+    ),
     ("pruning/test_select.py", "numbers of experts that no model has", ("pruning/counts.py",)),
     (
         "fitting/test_trading.py",
         "experts against bits, from Python and on the command line",
         ("api/budgeting.py", "terminal/budget_command.py"),
     ),
+    ("gguf_files/test_split.py", "names of parts", ("gguf_files/part_names.py",)),
+    ("fitting/test_probing.py", "the rows of probes", ("fitting/probe_text.py",)),
+    (
+        "building/test_weigh_stage.py",
+        "builds that weigh experts against bits, from their plans to their cards",
+        (
+            "building/observed.py",
+            "building/weighed.py",
+            "bundle/card_budget.py",
+            "fitting/counts.py",
+            "fitting/lines.py",
+            "verifying/budget.py",
+        ),
+    ),
+    (
+        "building/test_bundling.py",
+        "what is made of them",
+        ("building/bundle_options.py",),
+    ),
     (
         "choosing/test_candidates.py",
         "which observations rank candidates",
         ("choosing/checks.py",),
+    ),
+    (
+        "merging/test_sweep.py",
+        "whole merges",
+        (
+            *("merging/budget.py", "merging/capture.py", "merging/layer.py"),
+            *("merging/room.py", "observing/narrowed.py"),
+        ),
+    ),
+    ("merging/test_alignment.py", "sums over tokens too", ("merging/statistics.py",)),
+    ("merging/test_grouping.py", "groups are what a layer keeps", ("merging/merge.py",)),
+    (
+        "building/test_merge_stage.py",
+        "what a build records and says, and its files",
+        ("building/merge_record.py", "bundle/card_merge.py", "merging/folder.py"),
+    ),
+    (
+        "building/test_merge_folder.py",
+        "what `prune` makes of a model",
+        ("api/changes.py",),
     ),
     (
         "choosing/test_repaired_candidate.py",
@@ -59,7 +113,11 @@ COVERED_BY = [
         "what a bundle records",
         ("building/repair_record.py",),
     ),
-    ("repairing/test_record.py", "files of layers hold them", ("repairing/fit.py",)),
+    (
+        "pruning/test_layer_files.py",
+        "files of layers hold them",
+        ("repairing/fit.py", "repairing/record.py", "pruning/layer_facts.py"),
+    ),
     ("choosing/test_holdout.py", "how many rows are held out", ("choosing/amounts.py",)),
     ("bundle/test_choice.py", "records hold estimates", ("bundle/estimate.py",)),
     (
@@ -139,7 +197,7 @@ COVERED_BY = [
     (
         "building/test_repair_stage.py",
         "whole bundles with a repair: their cards, and what is wrong with changed ones",
-        ("bundle/card_repair.py", "verifying/repaired.py"),
+        ("bundle/card_repair.py", "verifying/changed.py"),
     ),
     (
         "observing/test_loader.py",
@@ -150,9 +208,15 @@ COVERED_BY = [
         "building/test_prune_gguf.py",
         "the parts of a pruned file, compared with what pruned safetensors give",
         (
-            "gguf_source/checking.py", "gguf_source/header.py", "gguf_source/slices.py",
+            "gguf_source/checking.py", "gguf_source/header.py", "gguf_source/inspection.py",
+            "gguf_source/slices.py",
             "gguf_source/writing.py", "verifying/sliced.py",
         ),
+    ),
+    (
+        "building/test_slice_stage.py",
+        "bundles of GGUF files, from their plan to their verification",
+        ("building/as_stored.py", "building/sliced_record.py", "verifying/opening.py"),
     ),
     (
         "gguf_source/test_checkpoint.py",

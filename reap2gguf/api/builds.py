@@ -12,7 +12,6 @@ from reap2gguf.options import (
     DEVICES,
     AddOptions,
     BuildOptions,
-    BundleOptions,
     CheckQuants,
     ComputeOptions,
     check_bool,
@@ -156,6 +155,7 @@ def make_bundle(
     where they are. Raises UsageError, ArtifactError for a part of another model, VerificationError
     for a file that does not hold what it should, OutputError, and what opening a model raises.
     """
+    from reap2gguf.building.bundle_options import BundleOptions
     from reap2gguf.building.bundling import bundle as run
 
     options = BundleOptions(
@@ -200,7 +200,7 @@ def verify(
     shown = to_progress(progress)
     if source is None:
         return verify_paths(given, n_threads, shown, Strictness(exact, device=device))
-    from reap2gguf.verifying.against_source import open_source
+    from reap2gguf.verifying.opening import open_source
 
     if not any(path.is_dir() for path in given):
         return _verify_files(given, str(source), shown)

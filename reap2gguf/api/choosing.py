@@ -305,10 +305,10 @@ def _repaired(
 ) -> PrunedView:
     """The repaired model of a view; its files lie in a folder, and are open with the stack."""
     from reap2gguf.evaluating.scoring import key_of
+    from reap2gguf.pruning.replaced import ReplacedView
     from reap2gguf.repairing.limits import repaired_layers
     from reap2gguf.repairing.record import RepairFolder
     from reap2gguf.repairing.sweep import repair
-    from reap2gguf.repairing.view import RepairedView
 
     key = key_of(fingerprint, sorted(view.kept.items()), rows.sha256, compute.likely_dtype)
     files = RepairFolder(folder, key)
@@ -317,4 +317,4 @@ def _repaired(
         compute = replace(compute, resume=replace(resume, key=key))
     repair(view, rows.rows, "ridge", files, compute, progress)
     stored = stack.enter_context(closing(files.open(repaired_layers(view.model))))
-    return RepairedView(view, stored)
+    return ReplacedView(view, stored)

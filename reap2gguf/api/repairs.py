@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from reap2gguf.progress import Progress, working
 
 if TYPE_CHECKING:
+    from reap2gguf.artifacts.texts import ObservationRows
     from reap2gguf.bundle.records import RepairRecord
     from reap2gguf.hub.opened import OpenModel
     from reap2gguf.options import CalibrationOptions, ComputeOptions
@@ -23,25 +24,32 @@ def repaired_model(
     shown: Progress,
 ) -> AbstractContextManager[tuple[PrunedView, RepairRecord]]:
     """The repaired model; `how` is the kind of repair, its text, and where it is computed."""
-    from reap2gguf.calibration.drawing import observation_rows
-    from reap2gguf.calibration.scanned_files import ScannedFiles
-    from reap2gguf.calibration.sources import check_calibration
-    from reap2gguf.calibration.spec import decide
     from reap2gguf.repairing.limits import check_repair, check_rows
 
     kind, options, compute = how
     check_repair(pruned.source, opened.model, pruned.n_kept < opened.model.facts.n_experts)
+    rows = rows_of(opened, options, shown)
+    check_rows(len(rows.rows))
+    from reap2gguf.building.repair_folder import RepairWork, repaired_beside
+
+    work = RepairWork(kind, rows, compute)
+    return repaired_beside(output, pruned, opened.checkpoint, work, shown)
+
+
+def rows_of(opened: OpenModel, options: CalibrationOptions, shown: Progress) -> ObservationRows:
+    """The rows of the calibration. Raises CalibrationError, and what a tokenizer raises."""
+    from reap2gguf.calibration.drawing import observation_rows
+    from reap2gguf.calibration.scanned_files import ScannedFiles
+    from reap2gguf.calibration.sources import check_calibration
+    from reap2gguf.calibration.spec import decide
+
     decided, files = decide(options), ScannedFiles()
     check_calibration(decided, files)
     opened.check_tokenizer()
-    from reap2gguf.building.repair_folder import RepairWork, repaired_beside
     from reap2gguf.tokenizer.tokenizer import Tokenizer
 
     facts = opened.model.facts
     length = min(decided.max_length, facts.context_length)
     with working(shown, "Reading the calibration text"):
         tokenizer = Tokenizer(opened.source.folder)
-        rows = observation_rows(tokenizer, decided, length, facts.vocab_size, shown, files)
-    check_rows(len(rows.rows))
-    work = RepairWork(kind, rows, compute)
-    return repaired_beside(output, pruned, opened.checkpoint, work, shown)
+        return observation_rows(tokenizer, decided, length, facts.vocab_size, shown, files)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf.errors import UsageError
 from reap2gguf.machine import available_threads
 from reap2gguf.options import check_bool, check_choice, check_path
-from reap2gguf.pruning.methods import GIVEN, METHODS
+from reap2gguf.pruning.methods import GIVEN, METHODS, merges
 from reap2gguf.pruning.protection import Protection, read_pinned
 
 if TYPE_CHECKING:
@@ -72,6 +73,11 @@ def chosen(
     if wanted.kept is not None:
         return _given(opened, observations, wanted, wanted.kept)
     method, facts = wanted.method, opened.model.facts
+    if merges(method):
+        raise UsageError(
+            f"--method {method} finds the experts that stay while it merges the others; run "
+            f"`reap2gguf prune --method {method}`, whose kept_experts.json lists them"
+        )
     check_needs_observations(method, observations)
     target = choose_target(facts, wanted.keep_experts, wanted.compression)
     seen = None if observations is None else _observations(opened, observations)

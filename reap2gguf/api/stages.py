@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf.api.changes import Changes, pruned_model
 from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
 from reap2gguf.api.peers import Peers
-from reap2gguf.api.repairs import repaired_model
 from reap2gguf.api.selecting import Selection, Wanted, chosen
 from reap2gguf.errors import OutputError, UsageError
 from reap2gguf.machine import processes
@@ -35,6 +35,7 @@ from reap2gguf.options import (
 )
 from reap2gguf.outputs import output_file, output_path
 from reap2gguf.progress import Progress, Silent, working
+from reap2gguf.pruning.counts import check_asked
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
@@ -159,6 +160,7 @@ def prune(
     kept: Mapping[int, Sequence[int]] | PathLike | None = None,
     mtp: str = "prune",
     repair: str = "none",
+    group_size: int | None = None,
     calibration: CalibrationOptions | None = None,
     compute: ComputeOptions | None = None,
     dequantize: str | None = None,
@@ -172,7 +174,9 @@ def prune(
     Quantized weights stay as they are stored, unless `dequantize` is "bf16". `observations` is None
     for methods that rank experts by their weights alone, and with `kept`. A repair, "ridge" or
     "scale", fits the kept experts on the calibration text, and `compute` says where; an interrupted
-    one resumes from `.OUTPUT.repair`, a folder beside the output. Raises what `select` raises,
+    one resumes from `.OUTPUT.repair`, a folder beside the output. The methods "ream" and "hc_smoe"
+    merge experts on that text, in groups of at most `group_size` (ream), and resume from
+    `.OUTPUT.merge`; for them, too, `observations` is None. Raises what `select` raises,
     CalibrationError, ObservationError, OutputError if the folder exists or cannot be written, and
     VerificationError if what was written is not what was planned.
     """
@@ -182,35 +186,30 @@ def prune(
     if dequantize is not None:
         check_choice("dequantize", dequantize, DEQUANTIZE_CHOICES)
     wanted = Wanted(keep_experts, compression, method, protect, protect_super_experts, kept)
+    check_asked(method, repair, group_size)
     options = given_or_new("calibration", calibration, CalibrationOptions)
     compute = given_or_new("compute", compute, ComputeOptions)
     with open_named(model, shown, mtp == "prune", follow_links) as opened:
         if opened.checkpoint.gguf is not None:
             from reap2gguf.building.prune_gguf import check_output
 
-            check_output(output, repair, dequantize)
+            check_output(output, method, repair, dequantize)
         elif output.exists():
             raise OutputError(f"{output}: exists already; pass another output or move it away")
-        selection = chosen(opened, observations, wanted, shown)
-        for line in selection.notes:
-            shown.note(line)
-        from reap2gguf.building.prune_folder import prune_to_folder
-        from reap2gguf.pruning.view import PrunedView
+        checkpoint = opened.checkpoint if dequantize is None else opened.checkpoint.dequantized()
+        how = Changes(checkpoint, output, repair, group_size, options, compute)
+        with pruned_model(opened, observations, wanted, how, shown) as (view, selection, change):
+            from reap2gguf.building.prune_folder import prune_to_folder
 
-        checkpoint, source = opened.checkpoint, opened.model
-        if dequantize is not None:
-            checkpoint = checkpoint.dequantized()
-        pruned = PrunedView(checkpoint, source, selection.kept)
-        where = output, shown, opened.source.label, selection.protected
-        if checkpoint.gguf is not None:
-            from reap2gguf.building.prune_gguf import prune_to_gguf
+            for line in selection.notes:
+                shown.note(line)
+            where = output, shown, opened.source.label, selection.protected
+            if checkpoint.gguf is not None:
+                from reap2gguf.building.prune_gguf import prune_to_gguf
 
-            output = prune_to_gguf(opened, pruned, selection.method, output, shown)
-        elif repair == "none":
-            prune_to_folder(checkpoint, source, pruned, selection.method, *where)
-        else:
-            with repaired_model(opened, pruned, output, (repair, options, compute), shown) as made:
-                prune_to_folder(checkpoint, source, made[0], selection.method, *where, made[1])
+                output = prune_to_gguf(opened, view, selection.method, output, shown)
+            else:
+                prune_to_folder(checkpoint, opened.model, view, selection.method, *where, change)
     return PruneResult(output, selection)
 
 
@@ -343,7 +342,7 @@ def _export(
 ) -> None:
     """Write one GGUF file; its journal lies beside it until it is complete."""
     from reap2gguf.atomic import remove
-    from reap2gguf.building.keys import export_key
+    from reap2gguf.building.keys import export_key, ik_identity
     from reap2gguf.exporting.header_facts import HeaderNames
     from reap2gguf.exporting.journal import ExportJournal
     from reap2gguf.exporting.model_files import export_model
@@ -356,7 +355,7 @@ def _export(
     name = opened.source.short_name
     fingerprint = opened.checkpoint.fingerprint()
     identity = ("", "") if weighted_by is None else (weighted_by.file, weighted_by.digest())
-    key = export_key(fingerprint, name, recipe.source, *identity)
+    key = export_key(fingerprint, name, recipe.source, *identity, *ik_identity([recipe]))
     path = output.with_name(f"{output.name}.journal")
     files = {output: recipe}
     journal = ExportJournal(path, key)

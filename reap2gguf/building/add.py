@@ -24,7 +24,7 @@ from reap2gguf.messages import one_line, shell_word
 from reap2gguf.quantizing.labels import twice
 from reap2gguf.quantizing.recipe import load_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
-from reap2gguf.verifying.against_source import open_source
+from reap2gguf.verifying.opening import open_source
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import GgufRecord, Manifest
@@ -115,7 +115,7 @@ def _add(
     _check_labels(recipes, adopted)
     if not recipes and not adopted:
         return BuildResult.of(work, manifest)
-    new = {record_name(manifest, r): recipe_key(r.name, r.label, r.source) for r in recipes}
+    new = {record_name(manifest, r): recipe_key(r) for r in recipes}
     addition = Addition(
         work.of_addition(),
         manifest,

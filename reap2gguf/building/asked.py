@@ -13,7 +13,7 @@ from reap2gguf.calibration.sources import check_calibration
 from reap2gguf.calibration.spec import Calibration, decide
 from reap2gguf.choosing.names import AUTO
 from reap2gguf.errors import CalibrationError
-from reap2gguf.pruning.methods import is_from_weights
+from reap2gguf.pruning.methods import is_from_weights, merges
 from reap2gguf.quantizing.labels import refuse_twice
 from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.recipe import load_recipes
@@ -53,7 +53,8 @@ def read_options(options: BuildOptions, labels: Mapping[str, str]) -> Asked:
 
 def _surely_reads(options: BuildOptions) -> bool:
     """Whether a build reads its calibration whatever the model is."""
-    if options.repair != "none" and options.compression != 0:
+    is_merged = merges(options.method) and options.kept is None
+    if (options.repair != "none" or is_merged) and options.compression != 0:
         return True
     if options.imatrix is None and options.imatrix_text is None:
         if is_from_weights(options.method) or options.kept is not None:

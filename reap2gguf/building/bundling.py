@@ -53,6 +53,7 @@ from reap2gguf.bundle.manifest import (
     SourceRecord,
     hash_file,
 )
+from reap2gguf.bundle.records import MergeRecord
 from reap2gguf.bundle.sums import hash_folder
 from reap2gguf.errors import (
     OutputError,
@@ -70,16 +71,17 @@ from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import KEPT_FILE, written_names
 from reap2gguf.quantizing.labels import twice
 from reap2gguf.tokenizer.check import check_tokenizer
-from reap2gguf.verifying.against_source import open_source, read_repair
+from reap2gguf.verifying.against_source import read_change
 from reap2gguf.verifying.gguf_file import ExpectedGguf, check_side_file
 from reap2gguf.verifying.hf_folder import check_pruned
+from reap2gguf.verifying.opening import open_source
 from reap2gguf.verifying.report import Level, passed_file, passed_folder, passed_summary
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
+    from reap2gguf.building.bundle_options import BundleOptions
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import SideFile
-    from reap2gguf.options import BundleOptions
     from reap2gguf.progress import Progress
     from reap2gguf.pruning.select import Kept
     from reap2gguf.verifying.against_source import OpenSource
@@ -200,10 +202,12 @@ def _opened(options: BundleOptions, progress: Progress) -> Iterator[_Parts]:
             f"{options.folder}: has no {KEPT_FILE}, which says what experts of the source it "
             "keeps; leave out --source to bundle GGUF files of this model as it is"
         )
-    if is_pruned and read_repair(options.folder) is not None:
+    change = read_change(options.folder) if is_pruned else None
+    if change is not None:
+        way = f"--method {change.method}" if isinstance(change, MergeRecord) else "--repair"
         raise UsageError(
-            f"{options.folder}: its experts were repaired, which `bundle` cannot record; make the "
-            "bundle with `reap2gguf build --repair`"
+            f"{options.folder}: its experts were {change.word}, which `bundle` cannot record; make "
+            f"the bundle with `reap2gguf build {way}`"
         )
     model = options.source if options.source is not None else str(options.folder)
     with open_source(model, progress) as source:

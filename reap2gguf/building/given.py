@@ -22,7 +22,7 @@ from reap2gguf.gguf_files.imatrix_coverage import ImatrixCoverage, coverage, sha
 from reap2gguf.gguf_files.imatrix_fit import cut, fit, n_experts_in, n_experts_of, with_experts
 from reap2gguf.gguf_source.checkpoint import GgufCheckpoint
 from reap2gguf.messages import one_line, shown
-from reap2gguf.pruning.methods import FROM_WEIGHTS, is_from_weights
+from reap2gguf.pruning.methods import FROM_WEIGHTS, is_from_weights, merges
 from reap2gguf.pruning.select import select_experts
 from reap2gguf.quantizing.minimum import check_minimum
 
@@ -114,7 +114,12 @@ def check_needs_observations(method: str, given: object | None) -> None:
             f"--method {method} ranks experts by their weights alone, and --observations were "
             "given; leave one of both out"
         )
-    if not is_from_weights(method) and given is None:
+    if merges(method) and given is not None:
+        raise UsageError(
+            f"--method {method} finds in a pass of its own which experts become one, and "
+            "--observations were given; leave one of both out"
+        )
+    if not is_from_weights(method) and not merges(method) and given is None:
         raise UsageError(
             f"--method {method} ranks experts by observations, and none were given; pass "
             "--observations FILE, which `reap2gguf observe` writes, or a method that reads weights "
@@ -194,9 +199,12 @@ def given_imatrix(
     """
     of = facts.n_experts, facts.mtp_layer
     way = f"--method {options.method} ranks the experts by their weights"
+    if merges(options.method):
+        way = f"--method {options.method} merges experts"
     if options.kept is not None:
         way = "--kept names the experts"
-    if options.imatrix_from == "source" and (options.kept or is_from_weights(options.method)):
+    is_ranked = not (is_from_weights(options.method) or merges(options.method))
+    if options.imatrix_from == "source" and (options.kept or not is_ranked):
         raise UsageError(
             f"--imatrix-from source: {way}, in no pass that could take the sums; leave "
             "--imatrix-from out"

@@ -5,7 +5,7 @@ It was given as a file, or its sums come with the observations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,10 @@ from reap2gguf.gguf_files.imatrix import save_both
 from reap2gguf.gguf_files.imatrix_coverage import hits_line, layer_hits
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from reap2gguf.building.given import GivenImatrix
+    from reap2gguf.building.seals import Seal
     from reap2gguf.building.stage import Run
     from reap2gguf.building.stages import Observe
     from reap2gguf.building.text_stage import ReadTexts
@@ -31,6 +34,8 @@ def importance_of(
     """The stage that makes the importance matrix of a build."""
     if run.plan.computes_imatrix:
         return Importance(run, pruned, texts)
+    if run.plan.imatrix is None and not run.plan.takes_sums:
+        return NoImportance(run, pruned, texts)
     return GivenImportance(run, pruned, texts, observed)
 
 
@@ -85,3 +90,27 @@ class GivenImportance(Importance):
             "unseen_experts": n_unseen,
             "expert_tokens": hits,
         }
+
+
+class NoImportance(Importance):
+    """In place of an importance matrix, where nothing is quantized and none was given."""
+
+    libraries = ()
+    is_sweep = False
+
+    def make_key(self) -> str:
+        return stage_key(self.run.keys.pruned(self._pruned), "no importance")
+
+    @property
+    def outputs(self) -> Sequence[Path]:
+        return ()
+
+    def compute(self) -> Mapping[str, Any]:
+        return {}
+
+    @property
+    def seals(self) -> Mapping[str, Seal]:
+        return {}
+
+    def is_intact(self) -> bool:
+        return True

@@ -34,7 +34,13 @@ from reap2gguf.calibration.spec import (
 from reap2gguf.errors import ArtifactError, CalibrationError, UsageError
 from reap2gguf.files import is_plain_name
 from reap2gguf.messages import shown
-from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions, RecipeText
+from reap2gguf.options import (
+    DEFAULT_RECIPES,
+    BuildOptions,
+    CalibrationOptions,
+    ComputeOptions,
+    RecipeText,
+)
 from reap2gguf.resources import EXAMPLE_NAME
 
 if TYPE_CHECKING:
@@ -73,13 +79,15 @@ class Likeness:
     def _model(self) -> str | None:
         """The source on the Hub, at its commit; None for a local folder."""
         source = self.manifest.source
-        if "/" in source.label and source.revision:
-            return f"{source.label}@{source.revision}"
+        if "/" in source.label:
+            return source.at_commit
         return None
 
     @property
-    def recipes(self) -> tuple[RecipeText, ...]:
-        """The recipe of every GGUF file, with the label that it had."""
+    def recipes(self) -> tuple[str | RecipeText, ...]:
+        """The recipe of every GGUF file, with its label; where it was sliced, none is named."""
+        if self.manifest.source.gguf is not None and self.manifest.gguf[0].adopted:
+            return DEFAULT_RECIPES
         return tuple(
             RecipeText(record.recipe, record.recipe_source, record.label)
             for record in self.manifest.gguf

@@ -6,6 +6,12 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from reap2gguf.building.as_stored import (
+    check_gguf_options,
+    is_sliced,
+    recipes_of,
+    tokenizer_notes,
+)
 from reap2gguf.building.asked import read_options
 from reap2gguf.building.given import (
     GivenImatrix,
@@ -23,6 +29,7 @@ from reap2gguf.building.history import History, read_history
 from reap2gguf.building.naming import bundle_name
 from reap2gguf.building.plan_sides import planned_side_files
 from reap2gguf.building.sized import SizedFile, other_labels, with_sized
+from reap2gguf.building.weighed import Opened, asked_target, check_matrix, with_first_experts
 from reap2gguf.bundle.layout import BundleFolders, model_file, side_file
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.options_record import (
@@ -45,29 +52,31 @@ from reap2gguf.choosing.names import (
 from reap2gguf.choosing.repaired import why_not_repaired
 from reap2gguf.errors import UsageError
 from reap2gguf.gguf_files.imatrix_coverage import check_coverage
+from reap2gguf.hub.opened import resolve_model
 from reap2gguf.hub.retry import Note, ignore_note
-from reap2gguf.hub.source import Source, resolve_source
+from reap2gguf.merging.limits import check_merge
 from reap2gguf.models.description import Dropped, SideFile
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
-from reap2gguf.pruning.methods import GIVEN, METHODS, is_from_weights
+from reap2gguf.pruning.methods import GIVEN, GROUP_SIZE, METHODS, is_from_weights, merges
 from reap2gguf.pruning.protection import check_protection
-from reap2gguf.pruning.select import Kept, Target, choose_target
-from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.ik.workers import check_installed
 from reap2gguf.quantizing.labels import LabelledFile, label_warnings
 from reap2gguf.quantizing.minimum import check_needed
-from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from reap2gguf.repairing.limits import check_repair
-from reap2gguf.tokenizer.check import check_tokenizer
 
 if TYPE_CHECKING:
+    from reap2gguf.bundle.budget import BudgetRecord
     from reap2gguf.bundle.choice import ChoiceRecord
     from reap2gguf.calibration.scanned_files import ScannedFiles
     from reap2gguf.calibration.spec import Calibration
     from reap2gguf.checkpoint.checkpoint import Checkpoint
+    from reap2gguf.hub.source import Source
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.options import BuildOptions
+    from reap2gguf.pruning.select import Target
+    from reap2gguf.pruning.view import PrunedView
+    from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 
 @dataclass(frozen=True)
@@ -92,12 +101,31 @@ class Plan:
     imatrix: GivenImatrix | None = None  # None: the build computes it
     sized: SizedFile | None = None  # the last file, if its types are chosen in the build
     choice: ChoiceRecord | None = None  # of a method, once it was made
+    counts: tuple[int, ...] = ()  # of experts that are weighed; none: the number was named
+    budget: BudgetRecord | None = None  # what each of them costs, once it was weighed
+    unweighed: Plan | None = None  # this plan before that
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the build still has to find how many experts stay."""
+        return bool(self.counts) and self.budget is None
 
     @property
     def observes(self) -> bool:
         """Whether the build observes the experts, in order to rank them."""
         is_chosen = self.given_kept is not None or self.observations is not None
-        return self.target.prunes and not is_chosen and not self.ranks_by_weights
+        by_itself = self.ranks_by_weights or self.merges
+        return self.target.prunes and not is_chosen and not by_itself
+
+    @property
+    def merges(self) -> bool:
+        """Whether experts become one with those that stay."""
+        return self.target.prunes and self.given_kept is None and merges(self.options.method)
+
+    @property
+    def group_size(self) -> int:
+        """The most experts of one of REAM's groups."""
+        return self.options.group_size or GROUP_SIZE
 
     @property
     def ranks_by_weights(self) -> bool:
@@ -142,18 +170,29 @@ class Plan:
     @property
     def takes_sums(self) -> bool:
         """Whether the pass that ranks the experts takes the sums of the importance matrix, too."""
+        is_asked = self.options.imatrix_from == "source"
+        return self.observes and (is_asked or (bool(self.counts) and self.imatrix is None))
+
+    @property
+    def quantizes_by_sums(self) -> bool:
+        """Whether these sums are the importance matrix of the files."""
         return self.observes and self.options.imatrix_from == "source"
+
+    @property
+    def slices(self) -> bool:
+        """Whether the blocks of a GGUF source stay as they are: nothing is quantized."""
+        return is_sliced(self.options, self.checkpoint)
 
     @property
     def computes_imatrix(self) -> bool:
         """Whether the build makes a calibration pass for the importance matrix alone."""
-        return self.imatrix is None and not self.takes_sums
+        return self.imatrix is None and not self.quantizes_by_sums and not self.slices
 
     @property
     def reads_rows(self) -> bool:
-        """Whether rows of the calibration are needed: to rank or repair experts, to choose by what
-        methods cost on some of them, or to ask an MTP block."""
-        return self.chooses or self.repairs or self.asks_mtp
+        """Whether rows of the calibration are needed: to rank, merge or repair experts, to choose
+        by what methods cost on some of them, or to ask an MTP block."""
+        return self.chooses or self.repairs or self.merges or self.asks_mtp
 
     @property
     def reads_calibration(self) -> bool:
@@ -169,7 +208,7 @@ class Plan:
     @property
     def n_sweeps(self) -> int:
         """How many calibration passes the build makes."""
-        return self.observes + self.repairs + self.computes_imatrix
+        return self.observes + self.merges + self.repairs + self.computes_imatrix
 
     @property
     def n_variants(self) -> int:
@@ -178,8 +217,9 @@ class Plan:
 
     @property
     def writes_hf(self) -> bool:
-        """Whether the bundle has safetensors: those of a source that keeps all are not copied."""
-        return self.target.prunes
+        """Whether the bundle has safetensors: those of a source that keeps all are not copied, and
+        of a GGUF source there are none."""
+        return self.target.prunes and self.checkpoint.gguf is None
 
     @property
     def hf_bytes(self) -> int:
@@ -280,15 +320,17 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     Raises SourceError, CheckpointError, UnsupportedModelError, RecipeError or UsageError.
     """
     asked = read_options(options, other_labels(options))
-    source = resolve_source(options.model, note, options.follow_links)
+    source = resolve_model(options.model, note, options.follow_links)
     checkpoint = _as_asked(source.open(note), options, note)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
     check_with_transformers(model)
-    caveats = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.tokenizers)
+    caveats = tokenizer_notes(checkpoint, model)
     given_kept = given_kept_of(options, model.facts)
-    target = choose_target(model.facts, options.keep_experts, options.compression)
+    opened = Opened(checkpoint, model, source.short_name)
+    options, counts, target = asked_target(options, opened)
     if given_kept is not None:
         target = given_kept.target
+    check_gguf_options(options, checkpoint, target, note)
     if options.repair != "none":
         check_repair(checkpoint, model, target.prunes)
     if options.dequantize and not target.prunes:
@@ -296,19 +338,21 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
             "--dequantize: no expert is removed, so no safetensors are written; leave it out, or "
             "pass --keep-experts"
         )
-    pruned = _with_first_experts(checkpoint, model, target)
+    pruned = with_first_experts(checkpoint, model, target)
     tensors = pruned.model.gguf_tensors(pruned.tensors)
-    recipes = tuple(
-        resolve(recipe, tensors, model.facts, target.n_kept, has_imatrix=True)
-        for recipe in asked.recipes
-    )
+    recipes = recipes_of(asked.recipes, checkpoint, model, tensors, target, options)
     name = bundle_name(options, source, target, note)
     folders = BundleFolders(options.output, name)
     keep_given(folders, (options.kept, options.observations, options.imatrix), target.prunes)
     observations = _observations(options, checkpoint, model, target)
     seen = None if observations is None else observations.seen
-    if target.prunes and given_kept is None:
+    if merges(options.method) and given_kept is None:
+        how = options.method, target, options.protection, options.group_size or GROUP_SIZE
+        check_merge(checkpoint, model, *how)
+    elif target.prunes and given_kept is None:
         check_protection(options.protection, seen, options.method, target, model.facts)
+    if counts:
+        check_matrix(options, opened, observations)
     imatrix = given_imatrix(options, model.facts, tensors, observations)
     weighted = pruned.model.weighted_matrices() if imatrix is None else imatrix.imatrix.entries
     sized, recipes = with_sized(options, source.label, name, pruned, weighted, recipes)
@@ -333,9 +377,10 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         observations=observations,
         imatrix=imatrix,
         sized=sized,
+        counts=counts,
     )
     check_installed(recipes)
-    for recipe in recipes:
+    for recipe in () if plan.slices else recipes:
         why = "none is computed for it" if imatrix is None else f"{imatrix.file} has none for it"
         check_needed(recipe, plan.weighted, why)
     if imatrix is not None:
@@ -343,6 +388,8 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         check_given_minimum(recipes, imatrix, None)
         for line in imatrix.notes:
             note(line)
+    if plan.reads_texts:
+        source.make_tokenizer()
     if plan.reads_calibration and not asked.is_checked:
         check_calibration(plan.calibration, plan.files)
     return plan
@@ -355,12 +402,6 @@ def _as_asked(checkpoint: Checkpoint, options: BuildOptions, note: Note) -> Chec
     if checkpoint.decoding is None:
         note(f"--dequantize: {checkpoint.folder.name} is not quantized, so it changes nothing")
     return checkpoint.dequantized()
-
-
-def _with_first_experts(checkpoint: Checkpoint, model: MoeModel, target: Target) -> PrunedView:
-    """The model with the first experts of each layer: of the sizes that any choice has."""
-    first_ones: Kept = {layer: tuple(range(target.n_kept)) for layer in model.facts.moe_layers}
-    return PrunedView(checkpoint, model, first_ones)
 
 
 def _observations(

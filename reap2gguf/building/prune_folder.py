@@ -21,15 +21,15 @@ from reap2gguf.verifying.hf_folder import check_pruned
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from reap2gguf.bundle.records import RepairRecord
-    from reap2gguf.checkpoint.checkpoint import Checkpoint
+    from reap2gguf.bundle.records import MergeRecord, RepairRecord
+    from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.progress import Progress
     from reap2gguf.pruning.view import PrunedView
 
 
 def prune_to_folder(
-    checkpoint: Checkpoint,
+    checkpoint: Weights,
     model: MoeModel,
     pruned: PrunedView,
     method: str,
@@ -37,13 +37,13 @@ def prune_to_folder(
     progress: Progress,
     source: str,
     protected: Mapping[int, Sequence[int]] | None = None,
-    repair: RepairRecord | None = None,
+    change: RepairRecord | MergeRecord | None = None,
 ) -> None:
     """Write the pruned safetensors and which experts they keep, verify them, name the folder.
 
     `source` is the name of the checkpoint; a short card says it, with the source's licence.
-    `protected` are those of the experts that stay whatever they score; `repair` is what was done to
-    those of `pruned`.
+    `protected` are those of the experts that stay whatever they score; `change` is what was done to
+    those of `pruned`: a repair or a merge.
 
     Raises OutputError if the disk refuses, VerificationError if what was written is not what was
     planned.
@@ -60,12 +60,12 @@ def prune_to_folder(
         }
         if protected:
             record["protected"] = {str(k): v for k, v in sorted(protected.items())}
-        if repair is not None:
-            record["repair"] = asdict(repair)
+        if change is not None:
+            record[change.what] = asdict(change)
         write_whole(made / KEPT_FILE, json.dumps(record, indent=1) + "\n")
         has_vision = bool(model.side_files(checkpoint.folder, checkpoint.tensors))
         about = PrunedFrom(source, model.facts.architecture, has_vision)
-        named = KEPT_FILE, repair is not None
+        named = KEPT_FILE, "" if change is None else change.word
         card = short_card(folder.name, checkpoint.folder / CARD_FILE, about, *named)
         write_whole(made / CARD_FILE, card)
         if violations := check_pruned(made, pruned, progress, threads):

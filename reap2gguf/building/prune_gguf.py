@@ -11,8 +11,8 @@ from reap2gguf.exporting.header_facts import pruning_values
 from reap2gguf.gguf_source.checkpoint import GgufCheckpoint
 from reap2gguf.gguf_source.file import model_name
 from reap2gguf.gguf_source.writing import journal_path, planned, write_pruned_gguf
-from reap2gguf.hub.opened import GgufSource
 from reap2gguf.outputs import keep_inputs, output_file
+from reap2gguf.pruning.methods import merges
 
 if TYPE_CHECKING:
     from reap2gguf.hub.opened import OpenModel
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _SUFFIX = ".gguf"
 
 
-def check_output(output: Path, repair: str, dequantize: str | None) -> None:
+def check_output(output: Path, method: str, repair: str, dequantize: str | None) -> None:
     """Raises UsageError for what slicing cannot give: another format, or other weights.
 
     OutputError if the output exists, unless an interrupted call has left it.
@@ -34,6 +34,11 @@ def check_output(output: Path, repair: str, dequantize: str | None) -> None:
         )
     if output.exists() and not journal_path(output).exists():
         raise OutputError(f"{output}: exists already; pass another output or move it away")
+    if merges(method):
+        raise UsageError(
+            f"--method {method}: it makes new weights, and the blocks of a GGUF file stay as they "
+            "are; pass another method, or the safetensors checkpoint"
+        )
     if repair != "none":
         raise UsageError(
             "--repair: it makes new weights, and the blocks of a GGUF file stay as they are; leave "
@@ -56,11 +61,10 @@ def prune_to_gguf(
     """
     checkpoint, source = opened.checkpoint, opened.source
     assert isinstance(checkpoint, GgufCheckpoint)
-    assert isinstance(source, GgufSource)
     facts = opened.model.facts
     history = read_history(checkpoint, facts, progress.note)
     earlier = None if history is None else history.after(pruned.kept)
-    own = pruning_values(source.file.name, method, facts.n_experts, pruned.kept, earlier=earlier)
+    own = pruning_values(source.gguf_name, method, facts.n_experts, pruned.kept, earlier=earlier)
     found = planned(checkpoint, pruned, output, model_name(output.name), own)
     keep_inputs([file.path for file in found.files], checkpoint.shards, source.folder)
     if not journal_path(output).exists():

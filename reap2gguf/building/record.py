@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -16,6 +16,7 @@ from reap2gguf.atomic import PART, remove, write_whole
 from reap2gguf.building.bundle_files import BundleFiles
 from reap2gguf.building.illustrate import draw_pictures
 from reap2gguf.building.seals import Seal, refuse_changed
+from reap2gguf.building.sliced_record import sliced_record
 from reap2gguf.bundle.card import gguf_card, hf_card
 from reap2gguf.bundle.layout import (
     CALIBRATION_FILE,
@@ -32,6 +33,7 @@ from reap2gguf.bundle.manifest import (
     CalibrationRecord,
     FileRecord,
     FolderRecord,
+    GgufOrigin,
     GgufRecord,
     Manifest,
     MtpRecord,
@@ -41,13 +43,14 @@ from reap2gguf.bundle.manifest import (
     hash_file,
 )
 from reap2gguf.bundle.members import check_members, gguf_members, hf_members
-from reap2gguf.bundle.modelfile import modelfile
+from reap2gguf.bundle.modelfile import modelfile, with_join_commands
 from reap2gguf.bundle.options_record import OptionsRecord
 from reap2gguf.bundle.sums import compose_sums
 from reap2gguf.errors import VerificationError
 from reap2gguf.ggml import load_ggml
 from reap2gguf.gguf_files.imatrix_coverage import layer_hits
 from reap2gguf.pruning.coverage import coverage_record, importance_record
+from reap2gguf.quantizing.ik.workers import PACKAGE, package_version
 from reap2gguf.verifying.report import passed_summary
 
 if TYPE_CHECKING:
@@ -57,7 +60,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.workdir import Workdir
     from reap2gguf.bundle.evaluation import Evaluation
-    from reap2gguf.bundle.records import RepairRecord
+    from reap2gguf.bundle.records import MergeRecord, RepairRecord
     from reap2gguf.models.description import SideFile
     from reap2gguf.pruning.protection import ProtectedExperts
     from reap2gguf.pruning.select import Kept
@@ -82,7 +85,8 @@ class Evidence:
     seals: Mapping[str, Seal]  # the verified files, by path below the work folder
     made_with: Mapping[str, Mapping[str, str]]  # versions of libraries, by stage
     evaluation: Evaluation | None = None  # None: not measured
-    repair: RepairRecord | None = None  # None: the kept experts are as they were
+    repair: RepairRecord | None = None  # None: the kept experts are not fitted to anything
+    merge: MergeRecord | None = None  # None: no experts became one
     given: GivenImatrix | None = None  # an importance matrix that no pass of its own made
 
 
@@ -95,14 +99,12 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence, written: PrunedV
     passed = list(evidence.checks)
     manifest = Manifest(
         name=plan.name,
-        program=program_versions(),
+        program={**program_versions(), **ik_versions(plan.recipes)},
         source=_source_record(plan, evidence.kept),
         pruning=_pruning_record(plan, evidence),
         calibration=_calibration_record(plan, evidence),
         hf=_folder_record(work, evidence.pruned) if plan.writes_hf else None,
-        gguf=tuple(
-            gguf_record(plan.name, recipe, work.gguf, plan.with_toml) for recipe in plan.recipes
-        ),
+        gguf=_gguf_records(plan, work),
         side_files=tuple(side_record(plan.name, side, work.gguf) for side in plan.side_files),
         verification={"summary": passed_summary(passed), "passed": passed},
         caveats=plan.caveats,
@@ -111,8 +113,17 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence, written: PrunedV
         evaluation=evidence.evaluation,
         has_observations=evidence.observations is not None,
         choice=plan.choice,
+        budget=plan.budget,
     )
     return _write(plan, work, evidence, manifest)
+
+
+def _gguf_records(plan: Plan, work: Workdir) -> tuple[GgufRecord, ...]:
+    if plan.slices:
+        return (sliced_record(plan, work.gguf),)
+    return tuple(
+        gguf_record(plan.name, recipe, work.gguf, plan.with_toml) for recipe in plan.recipes
+    )
 
 
 def _folder_record(work: Workdir, written: PrunedView) -> FolderRecord:
@@ -134,11 +145,18 @@ def _source_record(plan: Plan, kept: Kept) -> SourceRecord:
         n_parameters=plan.checkpoint.n_parameters,
         n_bytes=plan.checkpoint.n_stored_bytes,
         earlier=None if plan.history is None else plan.history.after(kept),
+        gguf=_gguf_origin(plan),
     )
 
 
+def _gguf_origin(plan: Plan) -> GgufOrigin | None:
+    """The file that was the source, and how much of it is left."""
+    name = plan.source.gguf_name
+    return GgufOrigin(name, plan.n_parameters) if name else None
+
+
 def _pruning_record(plan: Plan, evidence: Evidence) -> PruningRecord:
-    seen = evidence.observations
+    seen, merge = evidence.observations, evidence.merge
     return PruningRecord(
         method=plan.method,
         n_experts=plan.target.n_experts,
@@ -146,13 +164,14 @@ def _pruning_record(plan: Plan, evidence: Evidence) -> PruningRecord:
         experts_per_token=plan.model.facts.experts_per_token,
         kept=evidence.kept,
         observations_sha256=evidence.observations_sha256,
-        n_rows=0 if seen is None else seen.n_rows,
-        n_tokens=0 if seen is None else seen.n_tokens,
+        n_rows=merge.n_rows if merge else 0 if seen is None else seen.n_rows,
+        n_tokens=merge.n_tokens if merge else 0 if seen is None else seen.n_tokens,
         n_dropped_rows=0 if seen is None else seen.n_dropped_rows,
         mtp=_mtp_record(plan, seen, evidence.importance),
         coverage=None if seen is None else coverage_record(seen, evidence.kept),
         observations_file=None if plan.observations is None else plan.observations.file,
         repair=evidence.repair,
+        merge=merge,
         protected=evidence.protected.named,
         super_experts=evidence.protected.super_experts,
     )
@@ -223,7 +242,7 @@ def _options_record(plan: Plan) -> OptionsRecord:
     text = options.imatrix_text
     return OptionsRecord(
         keep_experts=options.keep_experts,
-        compression=options.compression,
+        compression=options.ratio,
         name=options.name,
         method=options.method,
         mtp=options.mtp,
@@ -247,6 +266,7 @@ def _options_record(plan: Plan) -> OptionsRecord:
         dequantize=None if plan.checkpoint.decoding is None else options.dequantize,
         evaluate=options.evaluate,
         repair=options.repair,
+        group_size=plan.group_size if plan.method == "ream" else None,
         candidates=",".join(plan.candidates) or None,
         choose_text=None if options.choose_text is None else options.choose_text.name,
     )
@@ -289,7 +309,7 @@ def write_texts(work: Workdir, manifest: Manifest, files: BundleFiles, source: P
         manifest.save(work.hf)
     texts: dict[str, str | bytes] = {
         CARD_FILE: gguf_text,
-        MODELFILE: modelfile(manifest, source),
+        MODELFILE: with_join_commands(modelfile(manifest, source), manifest.gguf),
         MANIFEST_FILE: manifest.text(),
     }
     texts |= {one.toml_file: one.recipe_source for one in manifest.gguf if one.has_toml}
@@ -336,6 +356,12 @@ def program_versions() -> dict[str, str]:
         found["reap2gguf commit"] = commit
     found["ggml"] = load_ggml().label
     return found
+
+
+def ik_versions(recipes: Iterable[ResolvedRecipe]) -> dict[str, str]:
+    """The version of the package that makes types of ik_llama.cpp, if any recipe has some."""
+    has_some = any(recipe.recipe.is_ik for recipe in recipes)
+    return {PACKAGE: package_version()} if has_some else {}
 
 
 def _own_commit() -> str | None:

@@ -13,9 +13,9 @@ from reap2gguf.artifacts.made_with import COMPUTING, versions
 from reap2gguf.atomic import make_folder, remove
 from reap2gguf.building.repair_record import record_of
 from reap2gguf.options import ComputeOptions, Resume
+from reap2gguf.pruning.replaced import ReplacedView
 from reap2gguf.repairing.limits import repaired_layers
 from reap2gguf.repairing.record import RepairFolder
-from reap2gguf.repairing.view import RepairedView
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ObservationRows
@@ -53,7 +53,7 @@ def repaired_beside(
     options = replace(work.compute, scratch=made, resume=resume)
     kind = cast("RepairKind", work.kind)
     found = repair(pruned, work.rows.rows, kind, files, options, progress)
-    view = RepairedView(pruned, files.open(repaired_layers(pruned.model)))
+    view = ReplacedView(pruned, files.open(repaired_layers(pruned.model)))
     with closing(view):
         yield view, record_of(work.kind, work.rows, found, len(view.replaced))
     remove(made)

@@ -18,7 +18,7 @@ def record_of(
     kind: str, rows: ObservationRows, layers: Mapping[int, RepairedLayer], n_tensors: int
 ) -> RepairRecord:
     """What is recorded of a repair; `n_tensors` have new values."""
-    first = next(iter(layers.values())).fit
+    first = next(iter(layers.values())).facts
     return RepairRecord(
         kind,
         rows.label,
@@ -28,7 +28,7 @@ def record_of(
         n_tensors,
         {
             layer: RepairedLayerRecord(
-                one.fit.alpha, one.fit.error_before, one.fit.error_after, one.sha256
+                one.facts.alpha, one.facts.error_before, one.facts.error_after, one.sha256
             )
             for layer, one in layers.items()
         },

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +12,10 @@ from reap2gguf.artifacts.made_with import COMPUTING
 from reap2gguf.atomic import remove, rename
 from reap2gguf.building.repair_record import REPAIRED_CANDIDATE, record_of
 from reap2gguf.building.stage import Run, Stage, needed
+from reap2gguf.pruning.layer_files import identity_of
+from reap2gguf.pruning.replaced import ReplacedView
 from reap2gguf.repairing.limits import repaired_layers
 from reap2gguf.repairing.record import RepairedLayer, RepairFolder
-from reap2gguf.repairing.view import RepairedView
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ObservationRows
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Repaired:
     """The repaired model, and what each layer's repair came to."""
 
-    view: RepairedView
+    view: ReplacedView
     layers: Mapping[int, RepairedLayer]
 
 
@@ -95,8 +95,8 @@ class Repair(Stage[Repaired]):
     def load(self) -> Repaired:
         layers = repaired_layers(self._pruned.model)
         found = self._folder.load_all(layers)
-        identity = hashlib.sha256(repr([one.sha256 for one in found.values()]).encode())
-        view = RepairedView(self._pruned, self._folder.open(layers), None, identity.hexdigest())
+        identity = identity_of(found.values())
+        view = ReplacedView(self._pruned, self._folder.open(layers), None, identity)
         self.run.held.callback(view.close)
         return Repaired(view, found)
 

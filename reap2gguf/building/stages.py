@@ -342,6 +342,10 @@ class Export(Stage[None]):
         """How to compare its files, which were made with the same libggml."""
         return Exactness(every_type, self._importance.result, load_ggml().label)
 
+    def compared(self) -> tuple[list[str], list[str]] | None:
+        """Violations and what was checked, if the files are not to be quantized again for that."""
+        return None
+
     def _journal(self, name: str) -> ExportJournal:
         return ExportJournal(self.run.work.root / f"{name}.json", self.key)
 

@@ -129,10 +129,13 @@ class Verify(Stage[Verified]):
         threads = self.run.plan.options.compute.threads
         violations += check_pruned(folder, pruned, self.run.progress, threads)
         n_stored = len(pruned.stored.tensors)
-        return violations, [passed_folder(n_stored, len(pruned.replaced))]
+        what = "merge" if self.run.plan.merges else "repair"
+        return violations, [passed_folder(n_stored, len(pruned.replaced), what)]
 
     def _check_files(self) -> Found:
         """The same of the GGUF files."""
+        if (compared := self._export.compared()) is not None:
+            return compared
         run, pruned, model = self.run, self._pruned, self._pruned.model
         compute, progress = run.plan.options.compute, run.progress
         threads = compute.threads

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from reap2gguf.messages import shown
 from reap2gguf.models.description import MAX_EXPERTS, MAX_EXPERTS_OF_ALL_LAYERS, MAX_LAYERS
+from reap2gguf.pruning.methods import MERGING
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.choice import ChoiceRecord
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
         CoverageRecord,
         Manifest,
     )
-    from reap2gguf.bundle.records import ImportanceRecord, RepairRecord
+    from reap2gguf.bundle.records import (
+        ImportanceRecord,
+        MergeRecord,
+        PruningRecord,
+        RepairRecord,
+    )
 
 _MOST_TOKENS = 2**53  # that one expert saw
 MOST_FILES = 20_000  # of a folder, or parts of a file
@@ -43,6 +49,31 @@ def kept_layers(values: Any, name: str = "kept") -> dict[int, tuple[int, ...]]:
     """
     found = _by_layer(values, name, "expert ids")
     return {layer_number(key): tuple(map(_expert_id, ids)) for key, ids in found.items()}
+
+
+def expert_groups(values: Any) -> tuple[tuple[int, ...], ...]:
+    """Groups of expert ids, from JSON. Raises ValueError or TypeError if they are malformed."""
+    return tuple(tuple(map(_expert_id, group)) for group in _lists_of("groups", values))
+
+
+def expert_shares(values: Any) -> tuple[tuple[float, ...], ...]:
+    """The shares of experts in groups, from JSON. Raises as `expert_groups` does."""
+    found = _lists_of("shares", values)
+    for share in (share for group in found for share in group):
+        if not isinstance(share, float | int):
+            raise TypeError(f"{shown(share)} is no share of an expert")
+        _figure("share", float(share), 0, 1)
+    return tuple(tuple(map(float, group)) for group in found)
+
+
+def _lists_of(name: str, values: Any) -> list[list[Any]]:
+    """Lists of which there are not too many; what is in them is not read."""
+    if not isinstance(values, list) or not all(isinstance(one, list) for one in values):
+        raise TypeError(f"{name} is {shown(values)}, expected lists")
+    at_most(name, values, MAX_EXPERTS)
+    if sum(map(len, values)) > MAX_EXPERTS:
+        raise ValueError(f"{name} holds too many experts for a layer")
+    return values
 
 
 def layer_tokens(values: Any) -> dict[int, tuple[int, ...]]:
@@ -112,6 +143,8 @@ def check_bounds(manifest: Manifest) -> None:
     _check_kept("kept", pruning.kept, pruning.n_experts)
     if pruning.repair is not None:
         _check_repair(pruning.repair, pruning.kept)
+    if pruning.merge is not None:
+        _check_merge(pruning.merge, pruning)
     if (earlier := manifest.source.earlier) is not None:
         _within("n_experts of the original", earlier.n_experts, pruning.n_experts, MAX_EXPERTS)
         _check_kept("kept of the original", earlier.kept, earlier.n_experts)
@@ -127,9 +160,15 @@ def check_bounds(manifest: Manifest) -> None:
                 f"bits_per_weight is {shown(file.bits_per_weight)}, expected more than 0 and at "
                 f"most {_MOST_BITS}"
             )
+    if (origin := manifest.source.gguf) is not None:
+        _within(
+            "n_parameters of what is left", origin.n_parameters, 1, manifest.source.n_parameters
+        )
+        if manifest.hf is not None:
+            raise ValueError("hf is a record, expected null: the source is a GGUF file")
     if manifest.hf is not None:
         _within("n_shards", manifest.hf.n_shards, 1, MOST_FILES)
-    elif pruning.n_kept < pruning.n_experts:
+    elif pruning.n_kept < pruning.n_experts and manifest.source.gguf is None:
         raise ValueError("hf is null, expected the record of the pruned safetensors")
     _check_calibration(calibration)
     if calibration.imatrix_coverage is not None:
@@ -158,6 +197,25 @@ def _check_repair(repair: RepairRecord, kept: Mapping[int, Sequence[int]]) -> No
             _figure("alpha", one.alpha, 0)
         if not _SHA256.fullmatch(one.sha256) if one.alpha is not None else one.sha256:
             raise ValueError(f"sha256 of layer {layer} of the repair is {shown(one.sha256)}")
+
+
+def _check_merge(merge: MergeRecord, pruning: PruningRecord) -> None:
+    """Every expert of a layer is in one group, which begins with the one that stays."""
+    if merge.method not in MERGING or merge.method != pruning.method:
+        raise ValueError(f"merge is by {shown(merge.method)}, expected {pruning.method}")
+    if pruning.repair is not None:
+        raise ValueError("repair and merge are both recorded, expected one of them")
+    if not merge.layers or not merge.layers.keys() <= pruning.kept.keys():
+        raise ValueError("merge names other layers than those whose experts were pruned")
+    for layer, one in merge.layers.items():
+        members = sorted(expert for group in one.groups for expert in group)
+        first = [group[0] for group in one.groups if group]
+        if members != list(range(pruning.n_experts)) or first != list(pruning.kept[layer]):
+            raise ValueError(f"merge: the groups of layer {layer} do not fit the kept experts")
+        if [*map(len, one.groups)] != [*map(len, one.shares)]:
+            raise ValueError(f"merge: layer {layer} has other shares than experts")
+        if not _SHA256.fullmatch(one.sha256):
+            raise ValueError(f"sha256 of layer {layer} of the merge is {shown(one.sha256)}")
 
 
 def _check_calibration(calibration: CalibrationRecord) -> None:

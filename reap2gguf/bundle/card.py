@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf.bundle.card_budget import budget_section
 from reap2gguf.bundle.card_calibration import (
     at_revision,
     calibration_facts,
@@ -19,6 +20,7 @@ from reap2gguf.bundle.card_calibration import (
 from reap2gguf.bundle.card_candidates import candidates_section
 from reap2gguf.bundle.card_files import CardNames, caveats, files_section, use_section
 from reap2gguf.bundle.card_making import caveats_section, experts_section, method_section
+from reap2gguf.bundle.card_merge import merge_name
 from reap2gguf.bundle.card_quality import quality_section
 from reap2gguf.bundle.card_repair import repair_summary
 from reap2gguf.bundle.front_matter import PrunedFrom, as_yaml, new_front_matter, pruned_values
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import (
         Manifest,
         MtpRecord,
+        PruningRecord,
     )
 
 
@@ -56,19 +59,25 @@ def local_names(manifest: Manifest) -> CardNames:
 
 
 def short_card(
-    name: str, source_card: Path, pruned: PrunedFrom, kept_file: str, is_repaired: bool = False
+    name: str, source_card: Path, pruned: PrunedFrom, kept_file: str, changed: str = ""
 ) -> str:
-    """The card of a pruned checkpoint that is no bundle: where it comes from, and its licence."""
+    """The card of a pruned checkpoint that is no bundle: where it comes from, and its licence.
+
+    `changed`: what was done to the experts that remain, "repaired" or "merged".
+    """
     front = as_yaml(pruned_values(read_card(source_card), pruned))
     source = hub_link(pruned.source) if repository(pruned.source) else code(pruned.source)
-    repaired = (
-        " The `down_proj` of the remaining experts was repaired: it is not the source's, and the "
-        "file says by how much it changed what each layer gives."
-    )
+    more = {
+        "": "",
+        "repaired": " The `down_proj` of the remaining experts was repaired: it is not the "
+        "source's, and the file says by how much it changed what each layer gives.",
+        "merged": " The others were merged into some of these, whose weights are not the source's: "
+        "the file says which.",
+    }[changed]
     return (
         f"{front}# {inline(name)}\n\n{source} without the experts that matter least, pruned by "
         f"reap2gguf. `{kept_file}` lists the experts that each layer keeps."
-        f"{repaired if is_repaired else ''}\n"
+        f"{more}\n"
     )
 
 
@@ -100,6 +109,7 @@ GGUF files for llama.cpp, Ollama and LM Studio are in {names.link(names.gguf)}."
         f"## In numbers\n\n{_facts_table(manifest)}",
         use,
         quality_section(manifest, of_files=False),
+        budget_section(manifest),
         candidates_section(manifest),
         experts_section(manifest),
         caveats_section(manifest, ()),
@@ -166,7 +176,12 @@ def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> st
     `samples` says whether the model's generation config recommends a sampling.
     """
     weights = ""
-    if manifest.hf is None:
+    if manifest.source.gguf is not None:
+        weights = (
+            f"These files were made from the GGUF file {code(manifest.source.gguf.file)}: there "
+            "are no safetensors of them."
+        )
+    elif manifest.hf is None:
         weights = f"For transformers and vLLM, use the safetensors of {_source_link(manifest)}."
     elif names.on_hub:
         weights = f"For transformers and vLLM, the safetensors are in {names.link(names.hf)}."
@@ -179,6 +194,7 @@ def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> st
         f"{imatrix_text(manifest)}{check}",
         use_section(manifest, names, samples),
         quality_section(manifest, of_files=True),
+        budget_section(manifest),
         candidates_section(manifest),
         experts_section(manifest),
         f"## In numbers\n\n{_facts_table(manifest)}",
@@ -203,6 +219,14 @@ def _summary(manifest: Manifest) -> str:
     share = 1 - pruning.n_kept / pruning.n_experts
     names = {"reap": "REAP", GIVEN: "a given list of experts"}
     method = names.get(pruning.method, inline(pruning.method))
+    if pruning.merge is not None:
+        return (
+            f"{_source_link(manifest)} with {share:.0%} of its experts merged into the others by "
+            f"{merge_name(pruning.merge)}: each MoE layer has {pruning.n_kept} of "
+            f"{pruning.n_experts} experts, {pruning.experts_per_token} active per token. "
+            f"{parameters(manifest.n_parameters)} of {parameters(source.n_parameters)} parameters "
+            f"remain.{_earlier(manifest)}"
+        )
     return (
         f"{_source_link(manifest)} with {share:.0%} of its experts pruned by {method}: each MoE "
         f"layer keeps {pruning.n_kept} of {pruning.n_experts} experts, "
@@ -239,7 +263,7 @@ def _facts_table(manifest: Manifest) -> str:
         ("experts per layer", _experts(manifest)),
         ("active experts per token", str(pruning.experts_per_token)),
         ("parameters", f"{manifest.n_parameters:,}"),
-        *([("pruning method", inline(pruning.method))] if pruning.method != NO_METHOD else []),
+        *([(_method_word(pruning), inline(pruning.method))] if pruning.method != NO_METHOD else []),
         *([("repair", inline(pruning.repair.kind))] if pruning.repair is not None else []),
         ("calibration", calibration_facts(manifest)),
         *coverage_rows(pruning),
@@ -249,6 +273,10 @@ def _facts_table(manifest: Manifest) -> str:
     if pruning.mtp.state != "none":
         rows.insert(-1, ("multi-token prediction (MTP)", _mtp(pruning.mtp)))
     return table(("property", "value"), rows)
+
+
+def _method_word(pruning: PruningRecord) -> str:
+    return "pruning method" if pruning.merge is None else "merging method"
 
 
 def _experts(manifest: Manifest) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.card_calibration import calibration_table
+from reap2gguf.bundle.card_merge import MERGED_WEIGHTS, merge_section, merge_sentence
 from reap2gguf.bundle.card_repair import changed_weights, repair_section
 from reap2gguf.bundle.layout import (
     MANIFEST_FILE,
@@ -26,7 +27,15 @@ if TYPE_CHECKING:
 _AIMER = "https://arxiv.org/abs/2603.18492"
 _MOST_NAMED = 64  # protected experts in a card
 _MOST_IDS = 20_000  # in a card; more are only in the manifest
-_LISTED = ("reap2gguf", "ggml", "torch", "transformers", "python", "reap2gguf commit")
+_LISTED = (
+    "reap2gguf",
+    "ggml",
+    "ik-llama-cpp-python",
+    "torch",
+    "transformers",
+    "python",
+    "reap2gguf commit",
+)
 _REAP_CITATION = """\
 @article{lasby-reap,
   title   = {{REAP} the Experts: Why Pruning Prevails for One-Shot {MoE} Compression},
@@ -109,12 +118,15 @@ Calibration used text only. `{MANIFEST_FILE}` records versions, hashes and the t
 {calibration_table(manifest)}
 
 {_made_with(manifest)}"""
-    rest = f"The pruned\nsafetensors {_what_is_kept(manifest)}{changed_weights(manifest)} {matrix}"
+    rest = f"{_what_stays(manifest)} {matrix}"
     repaired = f"\n\n{found}" if (found := repair_section(manifest)) else ""
+    if pruning.merge is not None:
+        rest = f"The merged\nsafetensors {_what_is_kept(manifest)}{MERGED_WEIGHTS} {matrix}"
+        repaired = f"\n\n{merge_section(manifest, pruning.merge)}"
     return f"""## How it was made
 
 {_observed(manifest)}
-{_score(pruning.method)} were removed from each layer. {rest}
+{_score(pruning)} {rest}
 Calibration used text only. `{MANIFEST_FILE}`
 records versions, hashes, the experts kept in each layer, and the type of each tensor.{repaired}
 {_protected(pruning)}
@@ -125,6 +137,22 @@ records versions, hashes, the experts kept in each layer, and the type of each t
 ```bibtex
 {_REAP_CITATION}
 ```"""
+
+
+def _what_stays(manifest: Manifest) -> str:
+    """What became of the weights that were not removed."""
+    if manifest.source.gguf is None:
+        kept = _what_is_kept(manifest)
+        return f"The pruned\nsafetensors {kept}{changed_weights(manifest)}"
+    if all(record.adopted for record in manifest.gguf):
+        return (
+            "All other tensors, and the\nexperts that stay, have the blocks of the source's GGUF "
+            "file, byte for byte: nothing was\nquantized again."
+        )
+    return (
+        "The weights of the source\nwere quantized before: they were dequantized and quantized "
+        f"again, and have lost precision\ntwice.{changed_weights(manifest)}"
+    )
 
 
 def _observed(manifest: Manifest) -> str:
@@ -146,6 +174,8 @@ def _observed(manifest: Manifest) -> str:
     if manifest.choice is not None:
         text = manifest.choice.held_out
         held = f" {text.n_rows:,} rows were held out to choose the method, and ranked no experts."
+    if pruning.merge is not None:
+        return f"A calibration pass merged the experts on {pruning.n_tokens:,} tokens."
     return (
         f"A calibration pass ran the source model on {pruning.n_tokens:,} tokens{skipped}."
         f"{held}{before}"
@@ -187,6 +217,8 @@ def _command(manifest: Manifest, options: OptionsRecord) -> Iterator[str]:
             yield f"--choose-text {argument(options.choose_text)}"
     else:
         yield "--compression 0"
+    if options.group_size is not None:
+        yield f"--group-size {options.group_size}"
     if options.repair != "none" and manifest.pruning.method != NO_METHOD:
         yield f"--repair {argument(options.repair)}"
     if options.protect:
@@ -228,10 +260,13 @@ def _what_is_kept(manifest: Manifest) -> str:
     return "keep all other weights of the source byte for byte"
 
 
-def _score(method: str) -> str:
-    if method == GIVEN:
-        return "All other experts"
-    return f"{_score_alone(method)} The experts with the lowest scores"
+def _score(pruning: PruningRecord) -> str:
+    if pruning.merge is not None:
+        return merge_sentence(pruning.merge)
+    removed = "were removed from each layer."
+    if pruning.method == GIVEN:
+        return f"All other experts {removed}"
+    return f"{_score_alone(pruning.method)} The experts with the lowest scores {removed}"
 
 
 def _score_alone(method: str) -> str:
@@ -270,6 +305,11 @@ def caveats_section(manifest: Manifest, caveats: Iterable[str]) -> str:
         lines.append(
             "- Experts were chosen by the calibration texts above. Languages and topics that "
             "these lack may have lost more than the figures show."
+        )
+    if manifest.pruning.merge is not None:
+        lines.append(
+            "- Experts were merged by what they did on the calibration text. Measure the model on "
+            "text of your own domain, beside one whose experts were removed."
         )
     if manifest.pruning.repair is not None:
         lines.append(

@@ -112,7 +112,8 @@ def new_front_matter(manifest: Manifest, source_card: Path, library: str) -> str
     values = pruned_values(read_card(source_card), PrunedFrom.of(manifest))
     if library == "gguf":
         values["library_name"] = library
-        values["tags"] = [*values["tags"], *_GGUF_TAGS]
+        weighted = manifest.has_imatrix or manifest.source.gguf is None
+        values["tags"] = [*values["tags"], *_GGUF_TAGS[: 1 + weighted]]
         if "base_model" in values:
             values["base_model_relation"] = "quantized"
     if results := eval_results(manifest, of_files=library == "gguf"):

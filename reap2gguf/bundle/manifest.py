@@ -14,10 +14,13 @@ from reap2gguf.bundle.bounds import (
     at_most,
     check_bounds,
     check_sizes,
+    expert_groups,
+    expert_shares,
     kept_layers,
     layer_number,
     layer_tokens,
 )
+from reap2gguf.bundle.budget import BudgetRecord, budget_of_json
 from reap2gguf.bundle.choice import ChoiceRecord, choice_of
 from reap2gguf.bundle.evaluation import Evaluation, evaluation_of
 from reap2gguf.bundle.layout import MANIFEST_FILE, PICTURES
@@ -29,8 +32,11 @@ from reap2gguf.bundle.records import (
     EarlierPruning,
     FileRecord,
     FolderRecord,
+    GgufOrigin,
     GgufRecord,
     ImportanceRecord,
+    MergedLayerRecord,
+    MergeRecord,
     MtpRecord,
     PruningRecord,
     RepairedLayerRecord,
@@ -54,6 +60,7 @@ __all__ = [
     "EarlierPruning",
     "FileRecord",
     "FolderRecord",
+    "GgufOrigin",
     "GgufRecord",
     "ImportanceRecord",
     "Manifest",
@@ -97,7 +104,7 @@ class Manifest:
     source: SourceRecord
     pruning: PruningRecord
     calibration: CalibrationRecord
-    hf: FolderRecord | None  # None: nothing was pruned, and the source's safetensors are not copied
+    hf: FolderRecord | None  # None: nothing was pruned, or the source is a GGUF file
     gguf: Sequence[GgufRecord]
     side_files: Sequence[SideRecord] = field(default_factory=tuple)
     verification: Mapping[str, Any] = field(default_factory=dict)
@@ -109,6 +116,7 @@ class Manifest:
     evaluation: Evaluation | None = None  # None: quality was not measured
     has_observations: bool = False  # whether the GGUF folder has those of `pruning`
     choice: ChoiceRecord | None = None  # None: the method was named, or nothing was pruned
+    budget: BudgetRecord | None = None  # None: the number of experts was named
     pictures: Sequence[str] = ()  # in the GGUF folder, some of them also beside the safetensors
 
     @property
@@ -123,6 +131,8 @@ class Manifest:
     @property
     def n_parameters(self) -> int:
         """Parameters of the model in the bundle; with all experts, those of the source."""
+        if self.source.gguf is not None:
+            return self.source.gguf.n_parameters
         return self.source.n_parameters if self.hf is None else self.hf.n_parameters
 
     @property
@@ -196,11 +206,14 @@ def _decode(values: dict[str, Any]) -> Manifest:
     pruning["mtp"] = _record(MtpRecord, pruning["mtp"])
     if pruning.get("coverage") is not None:
         pruning["coverage"] = _record(CoverageRecord, pruning["coverage"])
-    if pruning.get("repair") is not None:
-        pruning["repair"] = repair_record(pruning["repair"])
+    for name, decode in (("repair", repair_record), ("merge", merge_record)):
+        if pruning.get(name) is not None:
+            pruning[name] = decode(pruning[name])
     source = dict(values["source"])
     if source.get("earlier") is not None:
         source["earlier"] = _earlier_pruning(source["earlier"])
+    if source.get("gguf") is not None:
+        source["gguf"] = _record(GgufOrigin, source["gguf"])
     calibration = dict(values["calibration"])
     calibration["components"] = component_records(calibration["components"])
     if (covered := calibration.get("imatrix_coverage")) is not None:
@@ -223,6 +236,7 @@ def _decode(values: dict[str, Any]) -> Manifest:
         evaluation=_evaluation(values.get("evaluation")),
         has_observations=_flag("has_observations", values.get("has_observations", False)),
         choice=_choice(values.get("choice")),
+        budget=_budget(values.get("budget")),
         pictures=_pictures(values.get("pictures", [])),
         made_with=_made_with(values.get("made_with", {})),
         written_by=_version(values.get("written_by", "")),
@@ -231,12 +245,25 @@ def _decode(values: dict[str, Any]) -> Manifest:
 
 def repair_record(values: Mapping[str, Any]) -> RepairRecord:
     """The record of a repair from JSON. Raises KeyError, TypeError or ValueError."""
-    layers = values["layers"]
-    if not isinstance(layers, dict):
-        raise TypeError(f"layers of repair is {shown(layers)}, expected records by layer")
-    at_most("layers of repair", layers, MAX_LAYERS)
-    found = {layer_number(key): _record(RepairedLayerRecord, one) for key, one in layers.items()}
+    layers = _changed_layers("repair", values["layers"])
+    found = {layer: _record(RepairedLayerRecord, one) for layer, one in layers.items()}
     return _record(RepairRecord, {**values, "layers": found})
+
+
+def merge_record(values: Mapping[str, Any]) -> MergeRecord:
+    """The record of a merge from JSON. Raises KeyError, TypeError or ValueError."""
+    found = {}
+    for layer, one in _changed_layers("merge", values["layers"]).items():
+        groups, shares = expert_groups(one["groups"]), expert_shares(one["shares"])
+        found[layer] = _record(MergedLayerRecord, {**one, "groups": groups, "shares": shares})
+    return _record(MergeRecord, {**values, "layers": found})
+
+
+def _changed_layers(what: str, layers: Any) -> dict[int, dict[str, Any]]:
+    if not isinstance(layers, dict):
+        raise TypeError(f"layers of {what} is {shown(layers)}, expected records by layer")
+    at_most(f"layers of {what}", layers, MAX_LAYERS)
+    return {layer_number(key): one for key, one in layers.items()}
 
 
 def _options_record(values: Any) -> OptionsRecord | None:
@@ -263,6 +290,14 @@ def _choice(values: Any) -> ChoiceRecord | None:
     if not isinstance(values, dict):
         raise TypeError(f"choice is {shown(values)}, expected a record")
     return choice_of(values)
+
+
+def _budget(values: Any) -> BudgetRecord | None:
+    if values is None:
+        return None
+    if not isinstance(values, dict):
+        raise TypeError(f"budget is {shown(values)}, expected a record")
+    return budget_of_json(values)
 
 
 def _flag(name: str, value: Any) -> bool:

@@ -58,3 +58,4 @@ class OptionsRecord:
     imatrix_from: str = "pruned"  # older manifests do not say it
     candidates: str | None = None  # of --method auto, with commas; None: another method
     choose_text: str | None = None  # the last part of its path
+    group_size: int | None = None  # of --method ream; None: another method

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from reap2gguf.gguf_files.tensor_types import IkType
 
@@ -25,6 +26,14 @@ class EarlierPruning:
 
 
 @dataclass(frozen=True)
+class GgufOrigin:
+    """A source that is a GGUF file."""
+
+    file: str  # FILE.gguf, or owner/name:FILE.gguf
+    n_parameters: int  # of the model in the bundle, which has no safetensors
+
+
+@dataclass(frozen=True)
 class SourceRecord:
     """The checkpoint that was pruned."""
 
@@ -35,6 +44,20 @@ class SourceRecord:
     n_parameters: int
     n_bytes: int
     earlier: EarlierPruning | None = None
+    gguf: GgufOrigin | None = None  # None: safetensors
+
+    @property
+    def name(self) -> str:
+        """What --source takes: the folder or repository, or the GGUF file."""
+        return self.label if self.gguf is None else self.gguf.file
+
+    @property
+    def at_commit(self) -> str | None:
+        """The same of a model on the Hub, at its commit; None for what was a folder or a file."""
+        if self.revision is None:
+            return None
+        file = "" if self.gguf is None else f":{self.gguf.file.rpartition(':')[2]}"
+        return f"{self.label}@{self.revision}{file}"
 
 
 @dataclass(frozen=True)
@@ -89,6 +112,9 @@ class RepairedLayerRecord:
 class RepairRecord:
     """How the kept experts' `down_proj` was fitted to what all experts gave."""
 
+    what: ClassVar[str] = "repair"
+    word: ClassVar[str] = "repaired"  # what was done to the experts
+
     kind: str  # ridge, or scale: one number per expert
     calibration: str  # the text
     calibration_sha256: str
@@ -96,6 +122,33 @@ class RepairRecord:
     n_held_out: int
     n_tensors: int  # that have new values
     layers: Mapping[int, RepairedLayerRecord]
+
+
+@dataclass(frozen=True)
+class MergedLayerRecord:
+    """Which experts of a layer became one."""
+
+    # source ids: of each expert that stays, itself and then those that were merged into it
+    groups: Sequence[Sequence[int]]
+    shares: Sequence[Sequence[float]]  # of each in the average, in the same order
+    sha256: str  # of the new tensors with their names, types and shapes; "" if there are none
+
+
+@dataclass(frozen=True)
+class MergeRecord:
+    """How experts were merged into those that stay."""
+
+    what: ClassVar[str] = "merge"
+    word: ClassVar[str] = "merged"  # what was done to the experts
+
+    method: str  # ream or hc_smoe
+    group_size: int | None  # the most experts of a group; None: the method knows no bound
+    calibration: str  # the text
+    calibration_sha256: str
+    n_rows: int
+    n_tokens: int
+    n_tensors: int  # that have new values
+    layers: Mapping[int, MergedLayerRecord]
 
 
 @dataclass(frozen=True)
@@ -130,15 +183,16 @@ class PruningRecord:
     mtp: MtpRecord = MtpRecord()
     coverage: CoverageRecord | None = None  # None where nothing was observed, or not recorded
     observations_file: str | None = None
-    repair: RepairRecord | None = None  # None: the kept experts are those of the source
+    repair: RepairRecord | None = None  # None: the kept experts are not fitted to anything
+    merge: MergeRecord | None = None  # None: no experts became one
     # layer -> source ids of experts that stay whatever they score: named ones, and super experts
     protected: Mapping[int, Sequence[int]] = field(default_factory=dict)
     super_experts: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     @property
-    def n_repaired(self) -> int:
-        """Tensors whose values are not the source's."""
-        return 0 if self.repair is None else self.repair.n_tensors
+    def change(self) -> RepairRecord | MergeRecord | None:
+        """What gave experts other weights than the source's; a bundle has one at most."""
+        return self.merge if self.merge is not None else self.repair
 
 
 @dataclass(frozen=True)

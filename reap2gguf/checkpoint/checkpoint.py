@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from reap2gguf.checkpoint.quantized.coded import CodedWeight
     from reap2gguf.checkpoint.weights import Weights
-    from reap2gguf.gguf_files.reader import GgufHeader
     from reap2gguf.progress import Progress
 
 _SAMPLE_BYTES = 2**14
@@ -87,11 +86,6 @@ class Checkpoint(TensorFiles):
             config = decoding.plain_config
         opened = cls(folder, config, tensors, shards, follow_links, hub)
         return replace(opened, notes=notes, decoding=decoding)
-
-    @property
-    def gguf(self) -> GgufHeader | None:
-        """The header of the GGUF file that the weights are read from; None for safetensors."""
-        return None
 
     @property
     def stored(self) -> Weights:

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.files import TooLargeError, read_entry
@@ -24,7 +24,7 @@ _HALF_LETTER = re.compile(r"\\u[dD][89a-fA-F]")  # also one half of a whole pair
 
 
 def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The object in a JSON file, which may say Infinity, as configs of Mamba models do.
 
     Raises CheckpointError if the file is missing, not a plain file, a link outside the Hub's cache,
     larger than `max_bytes`, not UTF-8, or refused by `parse_json_object`.
@@ -39,7 +39,7 @@ def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: not UTF-8 text ({error.reason} at {error.start})"
         ) from error
-    return parse_json_object(text, str(path))
+    return parse_json_object(text, str(path), infinity=True)
 
 
 def read_optional(folder: Path, name: str) -> dict[str, Any]:
@@ -48,8 +48,8 @@ def read_optional(folder: Path, name: str) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def parse_json_object(text: str, where: str) -> dict[str, Any]:
-    """The JSON object in `text`.
+def parse_json_object(text: str, where: str, infinity: bool = False) -> dict[str, Any]:
+    """The JSON object in `text`; with `infinity` it may say Infinity, which Python writes for it.
 
     Raises CheckpointError that names `where` if it is not one, if it has NaN, Infinity, repeated
     keys or half characters, if it is nested deeper than 64, or has over three million values.
@@ -61,7 +61,9 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
             "right file?"
         )
 
-    def refuse_constant(name: str) -> NoReturn:
+    def constant(name: str) -> float:
+        if infinity and name == "Infinity":
+            return math.inf
         raise ValueError(f"{name} is not JSON")
 
     def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
         return result
 
     try:
-        value = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_repeats)
+        value = json.loads(text, parse_constant=constant, object_pairs_hook=refuse_repeats)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(value, dict):

@@ -17,6 +17,7 @@ from reap2gguf.errors import CheckpointError
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.safetensors_header import StoredTensor
+    from reap2gguf.gguf_files.reader import GgufHeader
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -55,6 +56,11 @@ class Weights(ABC):
     folder: Path  # holds the tokenizer and the other small files of the model
     config: dict[str, Any]  # config.json; not to be changed
     tensors: Mapping[str, StoredTensor]  # a quantized weight is one of its decoded values
+
+    @property
+    def gguf(self) -> GgufHeader | None:
+        """The header of the GGUF file that the weights are read from; None for safetensors."""
+        return None
 
     @property
     def stored(self) -> Weights:

@@ -17,7 +17,7 @@ from gguf import Keys
 from reap2gguf.gguf_files.tensor_types import file_type_of_number
 from reap2gguf.models.description import Carried, Dropped, experts_of
 from reap2gguf.models.gguf_keys import block_of
-from reap2gguf.models.roles import ROLES, Role, linear_blocks, role_of
+from reap2gguf.models.roles import ROLES, Role, recurrent_blocks, role_of
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.checkpoint import Checkpoint
@@ -112,10 +112,12 @@ def contents_of_gguf(header: GgufHeader) -> Contents:
     n_mtp = _count(metadata, Keys.LLM.NEXTN_PREDICT_LAYERS, arch) or 0
     blocks = {block for name in names if (block := block_of(name)) is not None}
     n_blocks = max(blocks, default=-1) + 1
-    linear = linear_blocks(names)
+    recurrent = recurrent_blocks(names)
     mtp = {block for block in blocks if block >= n_blocks - n_mtp}
     counted = [
-        _Counted(name, role_of(name, linear, mtp), info.shape, info.tensor_type.name, info.n_bytes)
+        _Counted(
+            name, role_of(name, recurrent, mtp), info.shape, info.tensor_type.name, info.n_bytes
+        )
         for name, info in header.tensors.items()
     ]
     embedding = header.tensors.get("token_embd.weight")
@@ -133,14 +135,16 @@ def contents_of_checkpoint(checkpoint: Checkpoint, model: MoeModel) -> Contents:
     """What a checkpoint holds, each tensor under the role of the GGUF tensor that it becomes."""
     stored, facts = checkpoint.tensors, model.facts
     tensors = model.gguf_tensors(stored)
-    linear = linear_blocks([tensor.name for tensor in tensors])
+    recurrent = recurrent_blocks([tensor.name for tensor in tensors])
     mtp = () if facts.mtp_layer is None else (facts.mtp_layer,)
     counted: list[_Counted] = []
     for tensor in tensors:
+        if tensor.made is not None:
+            continue  # it follows from the config, and nothing of it is stored
         first = stored[tensor.slabs[0].stored]
         # of a tensor that several are made of, the share of each
         n_bytes = math.prod(tensor.shape) * checkpoint.stored_bytes(first.name) // first.n_elements
-        role = role_of(tensor.name, linear, mtp)
+        role = role_of(tensor.name, recurrent, mtp)
         kind = checkpoint.kind(first.name)
         counted.append(_Counted(tensor.name, role, tensor.shape, kind, n_bytes))
     for name, found in stored.items():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from gguf import GGUFWriter
 
 from reap2gguf.comparing.compared import ModelComparison, compared
 from reap2gguf.errors import ArtifactError, CheckpointError, Reap2ggufError, UsageError
@@ -24,9 +25,8 @@ from reap2gguf.gguf_source.weights import GgufWeights
 from reap2gguf.hub.gguf_file import HubGgufHeader
 from reap2gguf.messages import shown
 from reap2gguf.tokenizer.from_gguf import header_tokens, write_tokenizer
+from reap2gguf.tokenizer.gguf_keys import add_tokenizer
 from reap2gguf.tokenizer.tokenizer import Tokenizer
-from reap2gguf.tokenizer.tokenizer_files import read_tokenizer_json
-from reap2gguf.tokenizer.vocabulary import read_vocabulary
 
 if TYPE_CHECKING:
     from reap2gguf.comparing.opening import Opened
@@ -148,10 +148,10 @@ def _tokens(one: Opened) -> list[str]:
         return header_tokens(one.header)
     assert one.checkpoint is not None
     assert one.model is not None
-    folder = one.checkpoint.folder
-    vocab_size = one.model.facts.vocab_size
-    tokenizer, where = read_tokenizer_json(folder), folder / "tokenizer.json"
-    return read_vocabulary(tokenizer, vocab_size, where, may_overlap=True).tokens
+    folder, model = one.checkpoint.folder, one.model
+    vocab_size, writer = model.facts.vocab_size, GGUFWriter(None, model.gguf_arch)
+    _, vocabulary = add_tokenizer(writer, folder, vocab_size, model.tokenizers)
+    return vocabulary.tokens
 
 
 def _other_tokens(one: Opened, expected: list[str], used: list[int], reference: str) -> str:

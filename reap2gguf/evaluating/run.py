@@ -6,13 +6,14 @@ are not read: they are taken over from that variant's layer, in place, when it h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from reap2gguf.errors import EvaluationError
+from reap2gguf.observing.narrowed import narrowed
 from reap2gguf.observing.observer import Arrays, LayerObserver
 from reap2gguf.observing.sweep import Sweep
 
@@ -121,30 +122,3 @@ class VariantRun(Sweep):
             f"{self.decoder.weights.folder}: layer {index}: {n_bad} of {finite.shape[1]} rows are "
             f"NaN or infinite; {self.decoder.why_not_finite(index)}"
         )
-
-
-@torch.no_grad()  # a module takes no tensors of inference mode as its parameters
-def narrowed(
-    tensors: Tensors, shapes: Mapping[str, torch.Size], kept: Sequence[int], in_place: bool
-) -> Tensors:
-    """A layer's weights with some of its experts.
-
-    `shapes` are those of the result; where one differs, its axis is that of the experts. In place
-    they move to the front of the memory that they are in: `kept` ascends, so none is overwritten
-    before it has moved.
-    """
-    found: Tensors = {}
-    for name, tensor in tensors.items():
-        if tensor.shape == shapes[name]:
-            found[name] = tensor
-            continue
-        pairs = zip(tensor.shape, shapes[name], strict=True)
-        axis = next(axis for axis, (before, after) in enumerate(pairs) if before != after)
-        if not in_place:
-            found[name] = tensor.index_select(axis, torch.tensor(kept, device=tensor.device))
-            continue
-        for new, old in enumerate(kept):
-            if new != old:
-                tensor.select(axis, new).copy_(tensor.select(axis, old))
-        found[name] = tensor.narrow(axis, 0, len(kept))
-    return found

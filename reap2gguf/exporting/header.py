@@ -22,7 +22,11 @@ from reap2gguf.tokenizer.gguf_keys import add_tokenizer
 
 if TYPE_CHECKING:
     from reap2gguf.exporting.header_facts import HeaderFacts
+    from reap2gguf.gguf_files.reader import GgufHeader
     from reap2gguf.models.description import GgufTensor
+
+
+_TOKENIZER = "tokenizer."  # how its keys begin
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,20 @@ def _add_keys(writer: GGUFWriter, tokenizer_folder: Path, facts: HeaderFacts) ->
     if any(map(is_ik, facts.tensor_types.values())):
         writer.add_string(LOADER_KEY, LOADER)
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    if facts.vocab_size is not None:
+    if facts.tokenizer_of is not None:
+        _copy_tokenizer(writer, facts.tokenizer_of)
+    elif facts.vocab_size is not None:
         add_tokenizer(writer, tokenizer_folder, facts.vocab_size, facts.tokenizers)
     if facts.imatrix is not None:
         writer.add_string("quantize.imatrix.file", facts.imatrix_file)
         writer.add_string("quantize.imatrix.dataset", facts.imatrix.dataset)
         writer.add_uint32("quantize.imatrix.entries_count", len(facts.imatrix.entries))
         writer.add_uint32("quantize.imatrix.chunks_count", facts.imatrix.n_chunks)
+
+
+def _copy_tokenizer(writer: GGUFWriter, header: GgufHeader) -> None:
+    """Add the tokenizer of another file, with the types of its values."""
+    for key, value in header.metadata.items():
+        if key.startswith(_TOKENIZER):
+            kind, *of_items = header.kinds[key]
+            writer.add_key_value(key, value, kind, *of_items)

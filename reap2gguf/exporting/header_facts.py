@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import EarlierPruning, Manifest
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.gguf_files.imatrix import Imatrix
+    from reap2gguf.gguf_files.reader import GgufHeader
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import SideFile
 
@@ -45,6 +46,7 @@ class HeaderFacts:
     general_type: str = "model"  # general.type
     vocab_size: int | None = None  # None: the file has no tokenizer
     tokenizers: TokenizerFamily = QWEN  # which the model may have
+    tokenizer_of: GgufHeader | None = None  # whose keys are taken as they are; None: of the folder
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def model_facts(
         values=model_header(weights, model, names, types.recipe),
         vocab_size=model.facts.vocab_size,
         tokenizers=model.tokenizers,
+        tokenizer_of=weights.gguf,
         file_type=types.file_type,
         tensor_types=types.tensor_types,
         imatrix=imatrix if types.is_weighted else None,

@@ -4,8 +4,8 @@ Counted from the keys of the file's header, as llama.cpp 0.3.36 (of llama-cpp-py
 
 - cache: keys and values of all cells of the context, a multiple of 256, as F16, in every layer of
   the trunk with attention. A latent attention (DeepSeek) has latents in place of both.
-- state: of layers with a recurrence (Gated DeltaNet, Kimi Delta Attention) or a short convolution,
-  for one sequence, as F32. It does not grow with the context.
+- state: of layers with a recurrence (Gated DeltaNet, Kimi Delta Attention, Mamba-2) or a short
+  convolution, for one sequence, as F32. It does not grow with the context.
 - compute: a bound for the buffer of a batch of 512 tokens with flash attention: their logits, the
   mask of the context, and what one layer computes.
 - reserve: 512 MiB for the driver, its libraries and the desktop.
@@ -33,6 +33,7 @@ _BATCH = 512  # tokens that llama.cpp computes at a time: its n_ubatch
 _CELLS = 256  # of a cache, which has a multiple of them
 _HALF, _SINGLE = 2, 4  # bytes of F16 and F32
 _AROUND = 16  # hidden states that a layer holds at most, beside its experts'
+_WIDTH = Keys.LLM.FEED_FORWARD_LENGTH
 _RECURRENT = "{arch}.attention.recurrent_layers"
 
 
@@ -81,7 +82,7 @@ def card_use(model: MoeModel, card: int, context: int) -> CardUse:
 def _compute(model: MoeModel, header: _Header, cells: int) -> int:
     """Bytes of the buffer for a batch, at most."""
     facts = model.facts
-    of_experts = facts.experts_per_token * (3 * facts.expert_width + facts.hidden_size)
+    of_experts = facts.experts_per_token * (3 * facts.expert_width + facts.expert_io_width)
     heads = 4 * facts.n_heads * header.number(Keys.Attention.KEY_LENGTH, facts.head_dim)
     a_token = facts.vocab_size + _AROUND * facts.hidden_size + of_experts + heads
     return _BATCH * (_SINGLE * a_token + (_SINGLE + _HALF) * cells)
@@ -135,7 +136,9 @@ class _Header:
     def _is_recurrent(self, layer: int) -> bool:
         if (flags := self.get(_RECURRENT)) is not None:
             return bool(flags[layer])
+        heads, widths = self.get(Keys.Attention.HEAD_COUNT_KV), self.get(_WIDTH)
+        if isinstance(heads, list):  # Nemotron's feed-forward blocks have neither
+            return not heads[layer] and not (isinstance(widths, list) and widths[layer])
         if self.get(Keys.SSM.STATE_SIZE) is not None:
             return bool((layer + 1) % self.number(Keys.LLM.FULL_ATTENTION_INTERVAL, 1))
-        heads = self.get(Keys.Attention.HEAD_COUNT_KV)
-        return isinstance(heads, list) and not heads[layer]
+        return False

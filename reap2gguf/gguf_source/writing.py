@@ -18,7 +18,7 @@ from reap2gguf.atomic import OutputFile, open_file, part_of, remove, rename
 from reap2gguf.errors import ArtifactError, OutputError, VerificationError
 from reap2gguf.exporting.journal import ExportJournal
 from reap2gguf.files import is_own_file
-from reap2gguf.gguf_files.split import part_name
+from reap2gguf.gguf_files.part_names import part_name
 from reap2gguf.gguf_files.writer import padded
 from reap2gguf.gguf_source.checking import violations_in
 from reap2gguf.gguf_source.header import PartHead, changes_of, part_head
@@ -102,8 +102,9 @@ def write_pruned_gguf(
     output: Path,
     progress: Progress,
     hashes: Hashes | None = None,
+    compares: bool = True,
 ) -> None:
-    """Write all files and compare them with the source; then they get their names.
+    """Write all files, and with `compares` compare them with the source; then they get names.
 
     `fingerprint` is the source's. With `hashes`, files are hashed while they are written. An
     interrupted call leaves unfinished files, and a journal by which the next one resumes. Raises
@@ -113,7 +114,8 @@ def write_pruned_gguf(
     journal = ExportJournal(journal_path(output), _key(pruned, fingerprint))
     resume = _can_resume(journal, pruned)
     _copy(pruned, journal, resume, progress, hashes)
-    if violations := list(violations_in(pruned.slices, _made(pruned), progress)):
+    checked = violations_in(pruned.slices, _made(pruned), progress) if compares else ()
+    if violations := list(checked):
         for file in pruned.files:
             remove(part_of(file.path))
         remove(journal_path(output))

@@ -29,6 +29,10 @@ class GgufSource(Source):
     def short_name(self) -> str:
         return self.file.short_name
 
+    @property
+    def gguf_name(self) -> str:
+        return self.file.name
+
     def open(self, note: Note = ignore_note) -> GgufCheckpoint:
         """Its weights. Raises ArtifactError if the file does not hold what it describes."""
         return GgufCheckpoint(self.file)

@@ -38,6 +38,11 @@ class Source:
     def short_name(self) -> str:
         return self.label.rsplit("/", 1)[-1]
 
+    @property
+    def gguf_name(self) -> str:
+        """What it is called if it is a GGUF file: FILE.gguf, or owner/name:FILE.gguf; else ""."""
+        return ""
+
     def open(self, note: Note = ignore_note) -> Checkpoint:
         """Its checkpoint; weights on the Hub are fetched when they are read.
 

@@ -50,7 +50,9 @@ class MoeModel(ABC):
     model_type: ClassVar[str]
     gguf_arch: ClassVar[str]  # general.architecture
     mtp_in_gguf: ClassVar[bool] = True  # whether GGUF files have a multi-token-prediction block
+    has_eager_attention: ClassVar[bool] = False  # transformers has no other of this architecture
     norm_module: ClassVar[str] = "norm"  # after the last layer, in transformers' model
+    mtp_centers: ClassVar[bool] = False  # whether the MTP block's last norm takes off the mean
 
     def __init__(
         self,
@@ -147,6 +149,10 @@ class MoeModel(ABC):
         """What was read from the config, under transformers' names of it."""
         return {}
 
+    def config_values_of_layers(self) -> Mapping[int, Mapping[str, Any]]:
+        """The same of single layers, where they differ in what is one value in other models."""
+        return {}
+
     @abstractmethod
     def pruned_config(self, n_experts: int) -> dict[str, Any]:
         """The config with its expert count replaced, wherever it is spelled."""
@@ -163,7 +169,7 @@ class MoeModel(ABC):
         """transformers' name, within that module, of a tensor stored below `block_prefix`.
 
         The MTP block's module is `observing.mtp.MtpBlock`: `fc`, `embedding_norm`, `hidden_norm`,
-        `norm`, and its decoder layer below `layer.`.
+        `norm`, and its decoder layer below `layer.`, or several below `layer.0.`, `layer.1.`.
         """
 
     def joined(self, layer: int) -> Mapping[str, tuple[str, ...]]:
@@ -212,6 +218,10 @@ class MoeModel(ABC):
         left_out = block is not None and block >= self.n_gguf_blocks
         return left_out and name.startswith(self.block_prefix(self.facts.n_layers))
 
+    def mixer_bytes(self) -> int:
+        """Memory that a position takes in a layer's mixer at least, where that is not attention."""
+        return 0
+
     def head_matrices(self, layer: int) -> HeadMatrices | None:
         """Matrices of that module's attention whose inputs transformers does not form."""
         return None
@@ -244,7 +254,7 @@ class MoeModel(ABC):
 
     @abstractmethod
     def expert_shapes(self, layer: int) -> Mapping[str, tuple[int, ...]]:
-        """Stored names and shapes of the experts of a MoE layer, one tensor per expert."""
+        """Stored names and shapes of the experts of a MoE layer: a tensor each, if they may be."""
 
     def renumbered(self, name: str, expert: int) -> str:
         """The stored name of a 2D expert tensor with another expert's number."""
@@ -303,9 +313,19 @@ class MoeModel(ABC):
         """What the products of hidden states and head are divided by to be logits."""
         return 1.0
 
-    def mtp_template(self) -> int:
-        """A trunk layer of the kind that the MTP block's decoder layer is."""
-        return self.facts.n_layers - 1
+    @property
+    def logit_cap(self) -> float | None:
+        """The bound that logits are drawn below, by a tangent; None without."""
+        return None
+
+    @property
+    def scales_experts(self) -> bool:
+        """Whether the router has a factor for each expert, and other inputs than the experts."""
+        return False
+
+    def mtp_templates(self) -> tuple[int, ...]:
+        """Trunk layers of the kinds that the MTP block's decoder layers are, mostly one."""
+        return (self.facts.n_layers - 1,)
 
     def check_tensors(self, stored: Mapping[str, StoredTensor]) -> None:
         """Refuse a checkpoint whose tensors are not those that its config describes.

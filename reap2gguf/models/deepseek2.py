@@ -230,7 +230,7 @@ class Deepseek2(NextnDecoder):
     @classmethod
     def config_from_gguf(cls, keys: GgufKeys) -> dict[str, Any]:
         unread = unread_in_gguf(keys) if cls.unread else NOTHING
-        config = headless_config(keys, cls.scores, unread)
+        config = headless_config(keys, cls.scores, unread=unread)
         return {
             "model_type": cls.model_type,
             **{key: value for key, value in config.items() if key != "num_experts"},

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from reap2gguf.errors import UnsupportedModelError
+from reap2gguf.messages import shown
 from reap2gguf.models.description import (
     MAX_EXPERTS,
     MAX_HEADS,
@@ -98,12 +100,12 @@ def read_facts(
     )
 
 
-def config_values(facts: ModelFacts) -> dict[str, Any]:
+def config_values(facts: ModelFacts, chosen_key: str = CHOSEN_KEY) -> dict[str, Any]:
     """Facts under transformers' names of them, number and width of experts left out."""
     return {
         "num_hidden_layers": facts.n_layers,
         "hidden_size": facts.hidden_size,
-        CHOSEN_KEY: facts.experts_per_token,
+        chosen_key: facts.experts_per_token,
         "num_attention_heads": facts.n_heads,
         "num_key_value_heads": facts.n_kv_heads,
         "head_dim": facts.head_dim,
@@ -133,10 +135,14 @@ def refuse_contradictions(
         )
 
 
-def refuse_hidden_effects(read: ConfigReader) -> None:
-    """Refuse keys by which transformers changes any model, whatever its architecture."""
+def refuse_hidden_effects(read: ConfigReader, has_layer_sizes: bool = False) -> None:
+    """Refuse keys by which transformers changes any model, whatever its architecture.
+
+    `has_layer_sizes`: the family reads what the config says of single layers.
+    """
     read.expect("is_causal", True, why="every token attends to those before it")
-    read.expect("per_layer_config", {}, why="all layers have the same sizes")
+    if not has_layer_sizes:
+        read.expect("per_layer_config", {}, why="all layers have the same sizes")
     read.expect("attention_chunk_size", why="every token attends to all before it")
     read.expect("transformers_weights", why="transformers would load weights from that file")
     read.expect("fusion_config", why="transformers would load another module for it")
@@ -144,6 +150,31 @@ def refuse_hidden_effects(read: ConfigReader) -> None:
     read.expect("return_dict", True, why="transformers' classes do not run without")
     for key in ("output_hidden_states", "output_attentions"):
         read.boolean(key, default=False)
+
+
+def refuse_model_types(outer: ConfigReader, text: ConfigReader, nested: str) -> None:
+    """Refuse a config whose model type and nesting disagree: transformers goes by the type.
+
+    `nested` is the type of a config with a section `text_config`, whose own type, and that of a
+    flat config, ends in `_text`. Raises UnsupportedModelError.
+    """
+    flat, is_nested = f"{nested}_text", text is not outer
+    found = outer.values.get("model_type")
+    if found not in (flat, nested):
+        raise UnsupportedModelError(
+            f"{outer.where}: model_type is {shown(found)}, expected '{nested}' or '{flat}'"
+        )
+    if is_nested is not (found == nested):
+        has = "has a" if is_nested else "has no"
+        raise UnsupportedModelError(
+            f"{outer.where}: model_type is {found}, but the config {has} text_config; "
+            f"expected {nested} with one, or {flat} without"
+        )
+    if is_nested:
+        text.expect("model_type", flat, why="it is the type of the text model")
+    # with null, transformers does not find the names of the weights
+    for section in ("text_config", "vision_config"):
+        outer.with_values(outer.section(section)).refuse_nulls(("model_type",))
 
 
 def rewritten(

@@ -167,14 +167,20 @@ def trunk_layers(keys: GgufKeys) -> tuple[int, int]:
     return n_blocks - n_mtp, n_mtp
 
 
-def common_config(keys: GgufKeys, scores: int = 1, n_kv_heads: int | None = None) -> dict[str, Any]:
+def common_config(
+    keys: GgufKeys,
+    scores: int = 1,
+    n_kv_heads: int | None = None,
+    epsilon_key: str = Keys.Attention.LAYERNORM_RMS_EPS,
+) -> dict[str, Any]:
     """The values of a config that most decoders have, rotary embedding included.
 
     `scores` is llama.cpp's number of what the router makes of its logits: 1 is a softmax.
-    `n_kv_heads`: where not all layers have attention (`kv_heads_by_layer`).
+    `n_kv_heads`: where not all layers have attention (`kv_heads_by_layer`). `epsilon_key` has what
+    norms add.
     """
     attention = Keys.Attention
-    found = headless_config(keys, scores)
+    found = headless_config(keys, scores, epsilon_key)
     n_heads = found["num_attention_heads"]
     # llama.cpp's values of absent keys
     share = max(1, found["hidden_size"] // n_heads)
@@ -186,7 +192,10 @@ def common_config(keys: GgufKeys, scores: int = 1, n_kv_heads: int | None = None
 
 
 def headless_config(
-    keys: GgufKeys, scores: int = 1, unread: Mapping[str, float] = NOTHING
+    keys: GgufKeys,
+    scores: int = 1,
+    epsilon_key: str = Keys.Attention.LAYERNORM_RMS_EPS,
+    unread: Mapping[str, float] = NOTHING,
 ) -> dict[str, Any]:
     """The same values but for the sizes of heads, and the number of those of keys and values.
 
@@ -212,7 +221,7 @@ def headless_config(
         "num_experts": n_experts,
         "num_experts_per_tok": keys.integer(llm.EXPERT_USED_COUNT, 1, n_experts),
         "num_hidden_layers": trunk_layers(keys)[0],
-        "rms_norm_eps": keys.number(attention.LAYERNORM_RMS_EPS, 0, 1),
+        "rms_norm_eps": keys.number(epsilon_key, 0, 1),
         "rope_parameters": rope_values(keys, unread),
         "tie_word_embeddings": OUTPUT not in keys.tensors,
         "vocab_size": vocab,

@@ -183,8 +183,8 @@ class HybridMoe(DecoderModel):
     def in_mtp(self, name: str) -> bool:
         return name.startswith(("mtp.", "model.mtp."))
 
-    def mtp_template(self) -> int:
-        return self.layer_types.index(FULL)
+    def mtp_templates(self) -> tuple[int, ...]:
+        return (self.layer_types.index(FULL),)
 
     def config_values(self) -> dict[str, Any]:
         sizes = self.sizes()

@@ -12,7 +12,7 @@ from reap2gguf.models.facts import read_n_layers
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.config import ConfigReader
 
-FULL, LINEAR = "full_attention", "linear_attention"
+FULL, LINEAR, MOE = "full_attention", "linear_attention", "moe"
 DENSE, SPARSE = "dense", "sparse"
 MLP_TYPES = "mlp_layer_types"
 _INTERVAL = "full_attention_interval"

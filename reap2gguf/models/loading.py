@@ -83,14 +83,23 @@ def text_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
 
     name = classes_of(_architecture(config)).text
     text = transformers_config(config).get_text_config()
-    how: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
+    kind = getattr(transformers, name) if name else _causal_class(text)
+    attention = "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
+    how: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     with torch.device("meta"):
         if name:
-            model = getattr(transformers, name)._from_config(text, **how)
+            model = kind._from_config(text, **how)
         else:
             auto = transformers.AutoModelForCausalLM
             model = auto.from_config(text, trust_remote_code=False, **how)
     return model.eval().base_model
+
+
+def _causal_class(config: Any) -> Any:
+    """The class that AutoModelForCausalLM makes of a config; None if it knows none."""
+    import transformers
+
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
 def _architecture(config: Mapping[str, Any]) -> Any:

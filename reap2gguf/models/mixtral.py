@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 from gguf import Keys
 
 from reap2gguf.errors import UnsupportedModelError
-from reap2gguf.models.description import MAX_EXPERTS, Transform, picked
+from reap2gguf.models.description import MAX_EXPERTS, Transform
 from reap2gguf.models.experts import ExpertLayout
 from reap2gguf.models.from_gguf import uniform_config
 from reap2gguf.models.full_attention import (
@@ -23,7 +22,14 @@ from reap2gguf.models.full_attention import (
     read_uniform_facts,
     uniform_header,
 )
-from reap2gguf.models.rules import ATTENTION, ATTN_NORM, FFN_NORM, ROUTER, TensorRule
+from reap2gguf.models.rules import (
+    ATTENTION,
+    ATTN_NORM,
+    FFN_NORM,
+    ROUTER,
+    TensorRule,
+    paired_halves,
+)
 from reap2gguf.models.shared import UINT32, DecoderModel, Entry
 
 if TYPE_CHECKING:
@@ -60,9 +66,7 @@ class PairedHeads(DecoderModel):
         heads = {"attn_q.weight": self.facts.n_heads, "attn_k.weight": self.facts.n_kv_heads}
         if rule.gguf not in heads:
             return None
-        rows = np.arange(heads[rule.gguf] * self.facts.head_dim, dtype=np.int64)
-        halves = rows.reshape(heads[rule.gguf], 2, -1)
-        return picked(halves.swapaxes(1, 2).reshape(-1))
+        return paired_halves(heads[rule.gguf], self.facts.head_dim)
 
     def header(self) -> list[Entry]:
         return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -13,12 +13,14 @@ Role = Literal[
     "embedding",
     "attention",
     "DeltaNet",
+    "Mamba",
     "convolution",
     "router",
     "experts gate",
     "experts up",
     "experts down",
     "shared expert",
+    "latent",
     "dense FFN",
     "norms",
     "MTP",
@@ -27,6 +29,7 @@ Role = Literal[
     "other",
 ]
 ROLES: tuple[Role, ...] = get_args(Role)
+_NONE: Mapping[int, Role] = {}
 _OUTSIDE: dict[str, Role] = {"token_embd": "embedding", "output": "output"}
 # the first that fits, of what follows `blk.N.`
 _INSIDE: dict[str, Role] = {
@@ -38,20 +41,27 @@ _INSIDE: dict[str, Role] = {
     r"ffn_gate_exps|ffn_gate_up_exps": "experts gate",
     r"ffn_up_exps": "experts up",
     r"ffn_down_exps": "experts down",
+    r"ffn_latent_": "latent",
     r"ffn_": "dense FFN",
     r"attn_": "attention",
 }
 
 
-def linear_blocks(names: Collection[str]) -> frozenset[int]:
-    """The blocks that have linear attention, whose projections are called as attention's are."""
-    return frozenset(
-        block for name in names if ".ssm_" in name and (block := block_of(name)) is not None
-    )
+def recurrent_blocks(names: Collection[str]) -> dict[int, Role]:
+    """The blocks that have a recurrence, and which.
+
+    DeltaNet's projections are called as attention's are, Mamba has one called `ssm_in`.
+    """
+    found: dict[int, Role] = {}
+    for name in names:
+        if ".ssm_" in name and (block := block_of(name)) is not None:
+            is_mamba = ".ssm_in." in name or found.get(block) == "Mamba"
+            found[block] = "Mamba" if is_mamba else "DeltaNet"
+    return found
 
 
-def role_of(name: str, linear: Collection[int] = (), mtp: Collection[int] = ()) -> Role:
-    """What a tensor is for; `linear` and `mtp` are the numbers of such blocks.
+def role_of(name: str, recurrent: Mapping[int, Role] = _NONE, mtp: Collection[int] = ()) -> Role:
+    """What a tensor is for, of a model with such `recurrent_blocks` and MTP blocks.
 
     >>> role_of("blk.3.ffn_down_exps.weight"), role_of("token_embd.weight")
     ('experts down', 'embedding')
@@ -68,7 +78,7 @@ def role_of(name: str, linear: Collection[int] = (), mtp: Collection[int] = ()) 
     role: Role = next(
         (role for pattern, role in _INSIDE.items() if re.match(pattern, rest)), "other"
     )
-    return "DeltaNet" if role == "attention" and block in linear else role
+    return recurrent.get(block, role) if role in ("attention", "DeltaNet") else role
 
 
 # What recipes call the roles. MTP blocks have tensors of the other roles too: `mtp` finds all of
@@ -76,12 +86,14 @@ def role_of(name: str, linear: Collection[int] = (), mtp: Collection[int] = ()) 
 ROLE_WORDS: dict[str, frozenset[Role]] = {
     "attention": frozenset({"attention"}),
     "deltanet": frozenset({"DeltaNet"}),
+    "mamba": frozenset({"Mamba"}),
     "convolution": frozenset({"convolution"}),
     "experts": frozenset({"experts gate", "experts up", "experts down"}),
     "experts.gate": frozenset({"experts gate"}),
     "experts.up": frozenset({"experts up"}),
     "experts.down": frozenset({"experts down"}),
     "shared_expert": frozenset({"shared expert"}),
+    "latent": frozenset({"latent"}),
     "dense_ffn": frozenset({"dense FFN"}),
     "router": frozenset({"router"}),
     "embedding": frozenset({"embedding"}),
@@ -108,13 +120,13 @@ class Spot:
 def spots(names: Collection[str]) -> dict[str, Spot]:
     """The spot of every tensor of one model, by name. MTP blocks have tensors called `nextn`."""
     blocks = {name: block_of(name) for name in names}
-    linear = linear_blocks(names)
+    recurrent = recurrent_blocks(names)
     numbers = [block for block in blocks.values() if block is not None]
     mtp = {block for name, block in blocks.items() if block is not None and ".nextn." in name}
     n_layers = min(mtp, default=max(numbers, default=-1) + 1)
     found = {}
     for name, block in blocks.items():
-        roles: set[Role] = {role_of(name, linear)}
+        roles: set[Role] = {role_of(name, recurrent)}
         if block in mtp:
             roles.add("MTP")
         found[name] = Spot(name, block, frozenset(roles), n_layers)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from reap2gguf.models.description import Floats, GgufTensor, Slab, Transform, missing
+from reap2gguf.models.description import Floats, GgufTensor, Slab, Transform, missing, picked
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.safetensors_header import StoredTensor
@@ -62,9 +62,12 @@ class TensorRule:
 class MtpLayout:
     """How a family stores its multi-token-prediction block, below the block's prefix."""
 
-    layer: str  # what the names of its decoder layer begin with; "" where they stand beside `rules`
+    # what the names of its decoder layer begin with, of that with experts where there are several;
+    # "" where they stand beside `rules`
+    layer: str
     # `parameter` of each is one of observing.mtp.MtpBlock: fc, embedding_norm, hidden_norm, norm
     rules: tuple[TensorRule, ...]
+    module: str = "layer."  # what names within the module of that decoder layer begin with
 
 
 def nested(
@@ -115,6 +118,12 @@ def single(
     norm = gguf_name.endswith("_norm.weight")
     pinned = always_f32 or len(shape) < 2 or norm or not gguf_name.endswith(".weight")
     return GgufTensor(gguf_name, shape, (Slab(name),), always_f32=pinned, transform=transform)
+
+
+def paired_halves(n_heads: int, head_dim: int) -> Transform:
+    """Rows of heads as llama.cpp's converter has them: the two halves of a head alternate."""
+    rows = np.arange(n_heads * head_dim, dtype=np.int64).reshape(n_heads, 2, -1)
+    return picked(rows.swapaxes(1, 2).reshape(-1))
 
 
 def _subtract_one(values: Floats, stored: Floats) -> None:
@@ -198,3 +207,20 @@ NEXTN = MtpLayout(
         ),
     ),
 )
+
+
+def joined_parameters(rules: Iterable[TensorRule]) -> dict[str, tuple[str, ...]]:
+    """The parameters of a layer's module that several stored tensors make, and those tensors."""
+    found: dict[str, dict[str, None]] = {}
+    for rule in rules:
+        found.setdefault(rule.in_module, {})[rule.stored] = None
+    return {module: tuple(stored) for module, stored in found.items() if len(stored) > 1}
+
+
+def fed_matrices(rules: Iterable[TensorRule], layer: int) -> dict[str, tuple[str, ...]]:
+    """The GGUF matrices of a layer, by the module whose input feeds them."""
+    found: dict[str, tuple[str, ...]] = {}
+    for rule in rules:
+        if (module := rule.fed_by) is not None:
+            found[module] = (*found.get(module, ()), f"blk.{layer}.{rule.gguf}")
+    return found

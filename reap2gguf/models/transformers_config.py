@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from reap2gguf.models.quantized import without_quantization
 
 if TYPE_CHECKING:
     from reap2gguf.models.contract import MoeModel
+
+INFINITY = {"__float__": "Infinity"}  # as transformers writes it
 
 
 # A model type that transformers knows in no class of its own -> that of the class that computes it.
@@ -42,7 +45,7 @@ def transformers_config(values: Mapping[str, Any]) -> Any:
     with warnings.catch_warnings():
         # of keys in an older spelling, which published configs have
         warnings.simplefilter("ignore", FutureWarning)
-        return config_class.from_dict(copy.deepcopy(without_quantization(values)))
+        return config_class.from_dict(with_infinity(copy.deepcopy(without_quantization(values))))
 
 
 def config_of_known_type(values: Mapping[str, Any]) -> Any | None:
@@ -58,6 +61,15 @@ def config_of_known_type(values: Mapping[str, Any]) -> Any | None:
     return CONFIG_MAPPING[known].from_dict(copy.deepcopy({**values, "model_type": known}))
 
 
+def with_infinity(value: Any) -> Any:
+    """A value of a config.json in which infinity is a number and not transformers' tag of it."""
+    if value == INFINITY:
+        return math.inf
+    if isinstance(value, dict):
+        return {key: with_infinity(one) for key, one in value.items()}
+    return [with_infinity(one) for one in value] if isinstance(value, list) else value
+
+
 def check_with_transformers(model: MoeModel) -> None:
     """Refuse a config that transformers refuses, or reads in another way than `model` does.
 
@@ -71,13 +83,19 @@ def check_with_transformers(model: MoeModel) -> None:
         raise UnsupportedModelError(
             f"{model.reader.where}: transformers cannot read the config ({reason}); correct it"
         ) from error
-    for key, ours in model.config_values().items():
+    _compare(model, config, model.config_values())
+    for layer, values in model.config_values_of_layers().items():
+        _compare(model, config.per_layer_config[layer], values, f" of layer {layer}")
+
+
+def _compare(model: MoeModel, config: Any, values: Mapping[str, Any], what: str = "") -> None:
+    for key, ours in values.items():
         theirs = getattr(config, key, ours)
         if theirs != ours:
             raise UnsupportedModelError(
-                f"{model.reader.where}: {key} is read as {shown(ours)} here and as {shown(theirs)} "
-                "by transformers; state it in config.json where this version of transformers "
-                "looks for it"
+                f"{model.reader.where}: {key}{what} is read as {shown(ours)} here and as "
+                f"{shown(theirs)} by transformers; state it in config.json where this version of "
+                "transformers looks for it"
             )
 
 

@@ -27,8 +27,9 @@ from reap2gguf.observing.compute.fused import Shapes, fuse
 from reap2gguf.observing.compute.kernels import has_triton
 from reap2gguf.observing.linear_attention import has_linear_attention
 from reap2gguf.observing.loader import Target, Tensors, WeightLoader, target_bytes
-from reap2gguf.observing.mtp import MtpBlock, next_tokens
+from reap2gguf.observing.mtp import build_mtp, next_tokens
 from reap2gguf.observing.readers import Readers
+from reap2gguf.observing.recording import Arguments, Recorded, Recorder, unshared
 from reap2gguf.observing.targets import layer_targets, names_by_layer, whole
 
 if TYPE_CHECKING:
@@ -39,27 +40,6 @@ if TYPE_CHECKING:
 
 _READERS = {"cpu": 2, "cuda": 8}
 _HEAD_TOKENS = 256  # 250 MB of float32 logits at a vocabulary of a quarter million
-Arguments = dict[str, Any]
-
-
-class _Recorded(Exception):
-    """The last recorder was called; the rest of the forward is not needed."""
-
-
-class _Recorder(torch.nn.Module):
-    """Takes the place of a decoder layer and records its arguments."""
-
-    def __init__(self, is_last: bool) -> None:
-        super().__init__()
-        self.is_last = is_last
-        self.hidden: Tensor | None = None
-        self.arguments: Arguments = {}
-
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        self.hidden, self.arguments = hidden_states, arguments
-        if self.is_last:
-            raise _Recorded
-        return hidden_states
 
 
 class SharedThreads:
@@ -99,11 +79,15 @@ class StreamedDecoder:
         self._layers: list[torch.nn.Module] = list(self._base.layers)
         count = len(self._layers)
         if model.facts.has_mtp:
-            self._layers.append(self._build_mtp(dtype))
+            config, templates = self._base.config, model.mtp_templates()
+            block = build_mtp(config, self._layers, templates, self._norm, model.mtp_centers, dtype)
+            self._layers.append(block)
         if device.type == "cpu":
             follow_devices(part for layer in self._layers for part in layer.modules())
         save_memory(part for layer in self._layers for part in layer.modules())
-        self._recorders = [_Recorder(is_last=i == count - 1) for i in range(count)]
+        self._recorders = [
+            Recorder(layer, is_last=i == count - 1) for i, layer in enumerate(self._layers[:count])
+        ]
         self._base.layers = torch.nn.ModuleList(self._recorders)
         _build_rotary(self._base, device)
         self._arguments: dict[int, list[Arguments]] = {}  # by row length
@@ -117,7 +101,8 @@ class StreamedDecoder:
         self._found_targets: dict[int, dict[str, Target]] = {}
         self._shapes = Shapes()
         if has_triton(device):
-            self._shapes.prepare(device, dtype, getattr(self._base.config, "head_dim", None))
+            # from the values themselves: asked for one that differs among layers, a config raises
+            self._shapes.prepare(device, dtype, vars(self._base.config).get("head_dim"))
             for layer in (*self._layers, self._norm):
                 fuse(layer, self._shapes)
             fuse_convolutions(part for layer in self._layers for part in layer.modules())
@@ -158,11 +143,21 @@ class StreamedDecoder:
 
     def _load_embedding(self, name: str) -> None:
         weight = self._read(name, shared=True)
-        self._base.embed_tokens.load_state_dict({"weight": weight}, assign=True)
+        embedding = self._embedding
+        embedding.load_state_dict({"weight": weight}, assign=True)
+        # a buffer that is not stored, by which some models multiply embeddings
+        if (scale := getattr(embedding, "embed_scale", None)) is not None:
+            factor = embedding.scalar_embed_scale
+            embedding.embed_scale = torch.full_like(scale, factor, device=self._device)
 
     def drop_embedding(self) -> None:
         """Free the token embedding."""
-        self._base.embed_tokens.to("meta")
+        self._embedding.to("meta")
+
+    @property
+    def _embedding(self) -> Any:
+        """The token embedding's module, whatever its name is."""
+        return self._base.get_input_embeddings()
 
     @torch.inference_mode()
     def embed(self, tokens: Tensor) -> Tensor:
@@ -182,7 +177,7 @@ class StreamedDecoder:
     def _record(self, tokens: Tensor) -> Tensor:
         try:
             self._base(input_ids=tokens, use_cache=False)
-        except _Recorded:
+        except Recorded:
             hidden = self._recorders[0].hidden
         assert hidden is not None
         return hidden
@@ -237,6 +232,10 @@ class StreamedDecoder:
         """The weights of layer `index`, under the names of its module."""
         return dict(self._layers[index].state_dict())
 
+    def replace_layer(self, index: int, layer: torch.nn.Module) -> None:
+        """Run another module as layer `index`, such as one with fewer experts."""
+        self._layers[index] = layer
+
     def has_layer(self, index: int) -> bool:
         """Whether layer `index` was asked for and not yet loaded."""
         return self.loader.has(f"layer {index}")
@@ -269,25 +268,19 @@ class StreamedDecoder:
             self.drop_layer(index)
 
     @torch.inference_mode()
-    def run_layer(self, index: int, hidden: Tensor) -> Tensor:
-        """Layer `index` on hidden states (B, T, H), for a T that was embedded or recorded."""
-        arguments = self._arguments[hidden.shape[1]][index]
-        return self.by_rows(lambda rows: self._call_layer(index, hidden[rows], arguments), hidden)
+    def run_layer(self, index: int, hidden: Tensor, layer: torch.nn.Module | None = None) -> Tensor:
+        """Layer `index` on hidden states (B, T, H), for a T that was embedded or recorded.
+
+        `layer`: another module in its place, such as the same layer of a larger model.
+        """
+        arguments, module = self._arguments[hidden.shape[1]][index], layer or self._layers[index]
+        return self.by_rows(lambda rows: _call_layer(module, hidden[rows], arguments), hidden)
 
     def by_rows(self, function: Callable[[slice], Tensor], hidden: Tensor) -> Tensor:
         """`function` of slices of the rows of hidden states (B, T, H), joined."""
         if self.crew is None:
             return function(slice(None))
         return self.crew.by_rows(function, hidden.shape)
-
-    def _call_layer(self, index: int, hidden: Tensor, arguments: Arguments) -> Tensor:
-        output = self._layers[index](hidden, **arguments)
-        if not isinstance(output, Tensor):
-            raise UnsupportedModelError(
-                f"{type(self._layers[index]).__name__} returns {type(output).__name__}; this "
-                "version of transformers is not supported"
-            )
-        return output
 
     def load_ends(self) -> None:
         """Read the last norm and the embedding, which the MTP block needs."""
@@ -309,10 +302,10 @@ class StreamedDecoder:
         """The MTP block on the trunk's hidden states (B, T, H) and the tokens (B, T)."""
         block = self._layers[-1]
         following = next_tokens(tokens.to(self._device))
-        arguments = self._arguments[hidden.shape[1]][self.model.mtp_template()]
+        arguments = self._arguments[hidden.shape[1]][self.model.mtp_templates()[0]]
 
         def run(rows: slice) -> Tensor:
-            embedded = self._base.embed_tokens(following[rows]).to(self._dtype)
+            embedded = self._embedding(following[rows]).to(self._dtype)
             output: Tensor = block(self._norm(hidden[rows]), embedded, **arguments)
             return output
 
@@ -325,7 +318,7 @@ class StreamedDecoder:
         if self._head is None:
             block.layer.to("meta")  # what is left to compute is a norm and the head
             if self.model.mtp_head_name == self.model.mtp_embedding_name:
-                self._head = self._base.embed_tokens.weight
+                self._head = self._embedding.weight
             else:
                 self.drop_embedding()
                 self._head = self._read(self.model.mtp_head_name)
@@ -341,20 +334,6 @@ class StreamedDecoder:
         each = map if self.crew is None else self.crew.in_order
         best = list(each(lambda part: self.mtp_logits(part[None])[0].argmax(-1), slices))
         return torch.cat(best).view(hidden.shape[:2])
-
-    def _build_mtp(self, dtype: torch.dtype) -> MtpBlock:
-        """The MTP block on the meta device, its layer of the kind the architecture names."""
-        template = self.model.mtp_template()
-        config = self._base.config
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device("meta"):
-                layer = type(self._layers[template])(config, template)
-                block = MtpBlock(self._norm, layer, config.hidden_size, config.rms_norm_eps)
-        finally:
-            torch.set_default_dtype(before)
-        return block.eval()
 
     def targets(self, index: int) -> dict[str, Target]:
         """What layer `index` is read from.
@@ -397,6 +376,16 @@ class StreamedDecoder:
             self._threads.close()
 
 
+def _call_layer(layer: torch.nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
+    output = layer(hidden, **unshared(arguments))
+    if not isinstance(output, Tensor):
+        raise UnsupportedModelError(
+            f"{type(layer).__name__} returns {type(output).__name__}; this version of "
+            "transformers is not supported"
+        )
+    return output
+
+
 def _build(weights: Weights, dtype: torch.dtype) -> Any:
     """transformers' model on the meta device, without its head."""
     register()
@@ -412,7 +401,10 @@ def _build(weights: Weights, dtype: torch.dtype) -> Any:
 
 
 def _build_rotary(base: Any, device: torch.device) -> None:
-    """Give a model its rotary embedding: buffers that are computed, not stored."""
+    """Give a model its rotary embedding: buffers that are computed, not stored.
+
+    Some models have one for each type of layers, in one module.
+    """
     for name, module in list(base.named_children()):
-        if hasattr(module, "inv_freq"):
+        if any(buffer.endswith("inv_freq") for buffer, _ in module.named_buffers(recurse=False)):
             setattr(base, name, type(module)(config=base.config).to(device))

@@ -77,7 +77,7 @@ class ImportanceObserver(LayerObserver):
         if index in self._model.facts.moe_layers:
             facts = self._model.facts
             self._by_inputs, self._by_activations = self._model.expert_matrices(index)
-            self._begin(self._by_inputs, facts.n_experts, facts.hidden_size)
+            self._begin(self._by_inputs, facts.n_experts, facts.expert_io_width)
             self._begin(self._by_activations, facts.n_experts, facts.expert_width)
             watch(layer.get_submodule(self._model.experts_path(index)), self)
         if (heads := self._model.head_matrices(index)) is not None:

@@ -8,31 +8,76 @@ block are called is for the model to say (`MoeModel.parameter`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+class Layers(torch.nn.ModuleList):
+    """Decoder layers one after another, all called with the same arguments."""
+
+    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+        """Hidden states (B, T, H) after all of them."""
+        for layer in self:
+            hidden = layer(hidden, **arguments)
+        return hidden
+
+
 class MtpBlock(torch.nn.Module):
     """The block: `fc`, `embedding_norm`, `hidden_norm`, a decoder layer `layer`, and `norm`."""
 
     def __init__(
-        self, norm: torch.nn.Module, layer: torch.nn.Module, hidden: int, eps: float
+        self,
+        norm: torch.nn.Module,
+        layer: torch.nn.Module,
+        hidden: int,
+        eps: float,
+        centers: bool = False,
     ) -> None:
+        """The norms are like `norm`; `centers`: the last one takes off the mean before."""
         super().__init__()
         norm_type: Any = type(norm)
         self.hidden_norm = norm_type(hidden, eps=eps)
         self.embedding_norm = norm_type(hidden, eps=eps)
         self.fc = torch.nn.Linear(2 * hidden, hidden, bias=False)
         self.layer = layer
-        self.norm = norm_type(hidden, eps=eps)
+        last = torch.nn.LayerNorm(hidden, eps=eps, bias=False) if centers else None
+        self.norm = last or norm_type(hidden, eps=eps)
 
     def forward(self, hidden: Tensor, next_embedding: Tensor, **arguments: Any) -> Tensor:
         """Hidden states (B, T, H), before the last norm, that predict two tokens ahead."""
         halves = (self.embedding_norm(next_embedding), self.hidden_norm(hidden))
         output: Tensor = self.layer(self.fc(torch.cat(halves, dim=-1)), **arguments)
         return output
+
+
+def build_mtp(
+    config: Any,
+    trunk: Sequence[torch.nn.Module],
+    templates: Sequence[int],
+    norm: torch.nn.Module,
+    centers: bool,
+    dtype: torch.dtype,
+) -> MtpBlock:
+    """The block on the meta device; its layers are of the kinds of those of the trunk.
+
+    `templates` are their numbers; `norm` and `centers` as for `MtpBlock`.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    # transformers' classes have one of two names for it
+    names: Any = vars(norm)
+    eps: float = names["variance_epsilon"] if "variance_epsilon" in names else names["eps"]
+    try:
+        with torch.device("meta"):
+            layers: list[Any] = [type(trunk[i])(config, i) for i in templates]
+            layer = layers[0] if len(layers) == 1 else Layers(layers)
+            block = MtpBlock(norm, layer, config.hidden_size, eps, centers)
+    finally:
+        torch.set_default_dtype(before)
+    return block.eval()
 
 
 def next_tokens(tokens: Tensor) -> Tensor:

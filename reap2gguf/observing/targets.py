@@ -110,6 +110,12 @@ def layer_targets(
     return targets
 
 
+def expert_target(weights: Weights, tensor: GgufTensor, expert: int, dtype: torch.dtype) -> Target:
+    """One projection of one expert, (rows, columns), from however it is stored."""
+    _, rows, columns = tensor.shape
+    return Target((rows, columns), dtype, tuple(_runs(weights, tensor, tensor.slabs[expert], 0)))
+
+
 def _groups(tensors: Mapping[Projection, GgufTensor]) -> dict[str, tuple[Projection, ...]]:
     """transformers' fused parameters, and the projections in each."""
     inputs = tuple(projection for projection in tensors if projection != "down")

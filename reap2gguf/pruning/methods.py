@@ -53,7 +53,13 @@ FROM_WEIGHTS: dict[str, str] = {
     "router row",
 }
 
-METHODS = (*OBSERVED, *FROM_WEIGHTS)
+GROUP_SIZE = 16  # experts of one of REAM's groups, at most: its C, as its authors set it
+# Merges: experts become one with those that stay, layer by layer, in a pass of its own.
+# REAM keeps the experts with the highest REAP scores and merges the others into those that they are
+# most like; HC-SMoE merges clusters of experts whose outputs are alike.
+MERGING = ("ream", "hc_smoe")
+
+METHODS = (*OBSERVED, *FROM_WEIGHTS, *MERGING)
 GIVEN = "given"  # as it is recorded where the user named the experts that stay
 RECORDED = (*METHODS, GIVEN)  # what a manifest may name where experts were removed
 
@@ -61,6 +67,11 @@ RECORDED = (*METHODS, GIVEN)  # what a manifest may name where experts were remo
 def is_from_weights(method: str) -> bool:
     """Whether a method ranks experts without observations."""
     return method in FROM_WEIGHTS
+
+
+def merges(method: str) -> bool:
+    """Whether a method merges experts, and finds in a pass of its own which."""
+    return method in MERGING
 
 
 def observes_nothing(method: str) -> bool:

@@ -23,6 +23,7 @@ from reap2gguf.models.description import Dropped, Expert, ModelFacts, Router
 from reap2gguf.pruning.quantization import pruned_quantization
 
 if TYPE_CHECKING:
+    from reap2gguf.gguf_files.reader import GgufHeader
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.pruning.select import Kept
 
@@ -44,7 +45,7 @@ class _Slices(Weights):
         self._source = source
         self._origins = origins
         self.tensors = {
-            name: StoredTensor(name, stored.dtype, _shape(stored.shape, origin))
+            name: StoredTensor(name, stored.dtype, _shape(stored.shape, origin), coded=stored.coded)
             for name, origin in origins.items()
             for stored in (source.tensors[origin.name],)
         }
@@ -58,6 +59,10 @@ class _Slices(Weights):
         origin = self._origins[name]
         at = entry if origin.entries is None else origin.entries[entry]
         return self._source.origin(origin.name, at)
+
+    @property
+    def gguf(self) -> GgufHeader | None:
+        return self._source.gguf
 
     def kind(self, name: str) -> str:
         return self._source.kind(self._origins[name].name)
@@ -141,7 +146,7 @@ class PrunedView(_Slices):
 
     @property
     def replaced(self) -> Collection[str]:
-        """Names of tensors whose values are not the source's; see `repairing/view.py`."""
+        """Names of tensors whose values are not the source's; see `pruning/replaced.py`."""
         return ()
 
     @property

@@ -21,7 +21,6 @@ from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.observing.compute.crew import current_slice
 from reap2gguf.observing.compute.experts import RoutedPairs, watch
 from reap2gguf.repairing.features import RoutedRows
-from reap2gguf.repairing.layer import split_rows
 
 if TYPE_CHECKING:
     from reap2gguf.observing.batches import Batch
@@ -44,31 +43,54 @@ class _Unseen:
 class Tap:
     """Takes what goes into and comes out of the experts of a layer, of one batch at a time."""
 
-    def __init__(self, experts: torch.nn.Module) -> None:
-        """Raises UnsupportedModelError for experts whose outputs are not linear in `down_proj`."""
+    def __init__(
+        self,
+        experts: torch.nn.Module,
+        block: torch.nn.Module | None = None,
+        option: str = "--repair",
+    ) -> None:
+        """`block`: what routes to the experts, where `take_entering` is wanted.
+
+        `option`: what the user asked for. Raises UnsupportedModelError for experts whose outputs
+        are not linear in `down_proj`.
+        """
         watch(experts, watcher := _Unseen())
-        if getattr(experts, "is_transposed", False) or getattr(
-            experts, "has_post_expert_norm", False
-        ):
+        others = ("is_transposed", "has_bias", "has_post_expert_norm")
+        if any(getattr(experts, name, False) for name in others):
             raise UnsupportedModelError(
-                f"{type(experts).__name__}: --repair is not defined for experts with a norm after "
-                "them, or whose matrices transformers keeps transposed; leave it out"
+                f"{type(experts).__name__}: {option} is not defined for experts with biases or a "
+                "norm after them, or whose matrices transformers keeps transposed; leave it out"
             )
         self._watcher = watcher
         self._parts: dict[int, tuple[Tensor, ...]] = {}  # by the first position of a slice
-        self._handle = experts.register_forward_hook(self._keep, with_kwargs=True)
+        self._entering: dict[int, Tensor] = {}
+        self._handles = [experts.register_forward_hook(self._keep, with_kwargs=True)]
+        if block is not None:
+            entering = block.register_forward_pre_hook(self._keep_entering, with_kwargs=True)
+            self._handles.append(entering)
 
     def expect(self, real: RealTokens | None) -> None:
         """A batch is coming, of which these positions are tokens."""
         self._watcher.real_tokens = real
 
+    def _keep_entering(self, module: Any, args: Any, kwargs: Any) -> None:
+        self._entering[_first_position()] = next(iter((*args, *kwargs.values())))
+
     def _keep(self, module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
-        part = current_slice()
         inputs = (*args, *kwargs.values())
-        self._parts[0 if part is None else part.begin] = (*inputs[:3], output)
+        self._parts[_first_position()] = (*inputs[:3], output)
+
+    def take_entering(self) -> Tensor:
+        """What went into the block, (B, T, H)."""
+        parts = [part for _, part in sorted(self._entering.items())]
+        self._entering.clear()
+        return torch.cat(parts)
 
     def take(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Inputs (N, H), chosen experts and gate weights (N, K), and the routed sum (N, H)."""
+        """Inputs (N, L), chosen experts and gate weights (N, K), and the routed sum (N, L).
+
+        L is H, or the width of a latent that the block makes for its experts.
+        """
         parts = [part for _, part in sorted(self._parts.items())]
         self._parts.clear()
         inputs, index, gates, output = (torch.cat(one) for one in zip(*parts, strict=True))
@@ -76,7 +98,14 @@ class Tap:
 
     def close(self) -> None:
         """Take nothing any more."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
+
+
+def _first_position() -> int:
+    """The first position of the slice that this thread computes."""
+    part = current_slice()
+    return 0 if part is None else part.begin
 
 
 @dataclass(frozen=True)
@@ -144,7 +173,8 @@ class LayerRows:
 
 @contextmanager
 def _tapped(layer: torch.nn.Module, path: str) -> Iterator[Tap]:
-    with closing(Tap(layer.get_submodule(path))) as tap:
+    block = layer.get_submodule(path.rpartition(".")[0])
+    with closing(Tap(layer.get_submodule(path), block)) as tap:
         yield tap
 
 
@@ -202,9 +232,15 @@ def _compared(sides: Sides, batch: Batch, hidden: Tensor, pruned: Tap, original:
     original.expect(real)
     sides.pruned.run_layer(sides.index, hidden.view(shape))
     inputs, index, gates, output = pruned.take()
-    block = sides.original_layer.get_submodule(sides.path.rpartition(".")[0])
-    entering = inputs.view(shape)
-    sides.original.by_rows(lambda rows: block(entering[rows]), entering)
+    if path := sides.path.rpartition(".")[0]:
+        block = sides.original_layer.get_submodule(path)
+        entering = pruned.take_entering().view(shape)
+        sides.original.by_rows(lambda rows: block(entering[rows]), entering)
+    else:
+        # the layer itself holds router and experts; its attention has the pruned layer's weights
+        pruned.take_entering()
+        sides.pruned.run_layer(sides.index, hidden.view(shape), sides.original_layer)
+    original.take_entering()
     return inputs, index, gates, output, original.take()[3]
 
 
@@ -222,3 +258,8 @@ def _chosen(batch: Batch, wanted: Tensor, values: Compared, n_experts: int) -> R
         inputs[places], index[places], gates[places], errors[places].to(inputs.dtype), n_experts
     )
     return replace(rows, target_square=float(target[places].double().square().sum()))
+
+
+def split_rows(lengths: Sequence[int], first: int) -> list[bool]:
+    """Which of a batch's rows are held out: every eighth of all, of which `first` came before."""
+    return [(first + number) % 8 == 7 for number in range(len(lengths))]

@@ -1,10 +1,11 @@
 """What a repair regresses on: the routed activations of a layer's experts, never all at once.
 
 Phi (N, E F) has a row per token. In it, expert e's F columns are its gate weight times its
-activations, `silu(x G_e^T) * (x U_e^T)`, or zero if the token is not routed to it. Then the routed
-sum of the experts is Phi D, where D (E F, H) stacks their transposed `down_proj`.
+activations, such as `silu(x G_e^T) * (x U_e^T)`, or zero if the token is not routed to it. Then the
+routed sum of the experts is Phi D, where D (E F, H) stacks their transposed `down_proj`.
 
-Letters: N rows (tokens), K experts per token, E experts, H hidden, F expert width.
+Letters: N rows (tokens), K experts per token, E experts, H hidden (or the latent that experts have
+in its place), F expert width.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+from reap2gguf.observing.compute.experts import activated, first_matrices
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -55,9 +58,8 @@ class ModuleExperts:
         return int(self.module.down_proj.shape[2])
 
     def activations(self, expert: int, inputs: Tensor) -> Tensor:
-        weight = self.module.gate_up_proj[expert].to(inputs.dtype)
-        activations: Tensor = self.module._apply_gate(linear(inputs, weight))
-        return activations
+        weight = first_matrices(self.module)[expert].to(inputs.dtype)
+        return activated(self.module, linear(inputs, weight))
 
 
 @dataclass(frozen=True)

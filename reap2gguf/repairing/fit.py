@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from reap2gguf.pruning.layer_facts import Facts
+
 
 @dataclass(frozen=True)
-class LayerFit:
+class LayerFit(Facts):
     """What a layer's repair came to."""
 
     alpha: float | None  # None: the layer keeps its weights

@@ -16,7 +16,7 @@ layer whose error does not fall keeps its weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -154,8 +154,3 @@ def _pair_products(
             (parts @ errors[:, :, None])[:, :, 0].double().cpu().numpy(),
             ids.view(-1, top_k)[piece].cpu().numpy(),
         )
-
-
-def split_rows(lengths: Sequence[int], first: int) -> list[bool]:
-    """Which of a batch's rows are held out: every eighth of all, of which `first` came before."""
-    return [(first + number) % 8 == 7 for number in range(len(lengths))]

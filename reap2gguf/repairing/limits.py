@@ -55,6 +55,11 @@ def check_repair(weights: Weights, model: MoeModel, prunes: bool) -> None:
             "remove some with --compression"
         )
     check_repairable(model)
+    if weights.gguf is not None:
+        raise UsageError(
+            "--repair: MODEL is a GGUF file, and new weights are stored as safetensors; leave it "
+            "out, or pass the safetensors checkpoint"
+        )
     if weights.stored is not weights:
         raise UsageError(
             "--repair: the weights are quantized, and new ones cannot be stored among them; pass "

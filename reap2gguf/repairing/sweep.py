@@ -15,7 +15,7 @@ differently.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from reap2gguf.errors import ObservationError
-from reap2gguf.evaluating.run import narrowed
 from reap2gguf.observing.allocator import frees_at_once
 from reap2gguf.observing.compute.experts import watch
 from reap2gguf.observing.compute.ranks import Ranks
 from reap2gguf.observing.decoder import SharedThreads, StreamedDecoder
 from reap2gguf.observing.loader import TORCH_TYPES, WeightLoader
+from reap2gguf.observing.narrowed import narrowed
 from reap2gguf.observing.observer import Arrays, LayerObserver
 from reap2gguf.observing.spool import open_spool
 from reap2gguf.observing.sweep import Sweep, open_sweep
@@ -208,7 +208,8 @@ class _RepairRun(Sweep):
 
     def _fit(self, sides: Sides) -> None:
         """Fit a layer and write its file."""
-        work, decoder, shape = self.work, self.decoder, self.spool.shape
+        work, decoder = self.work, self.decoder
+        shape = (self.spool.shape[0], decoder.model.facts.expert_io_width)
         kind, where = work.plan.sweep.budget.spool, (decoder.dtype, decoder.device)
         with (
             closing(open_spool(kind, shape, *where, work.options.scratch)) as inputs,
@@ -228,10 +229,10 @@ class _RepairRun(Sweep):
                 work.kind,
                 work.plan.way,
             )
-        down = None
+        down: Mapping[int, Tensor] = {}
         if weights is not None:
-            down = weights.view(n_experts, width, hidden).transpose(1, 2).to(stored).cpu()
-        tensors = new_tensors(work.pruned, sides.index, down)
+            down = dict(enumerate(weights.view(n_experts, width, hidden).transpose(1, 2).cpu()))
+        tensors = new_tensors(work.pruned, sides.index, {"down": down})
         work.folder.save(sides.index, fit, tensors)
         self.progress.note(fit_text(sides.index, fit))
 
@@ -257,11 +258,11 @@ class _RepairRun(Sweep):
     @torch.inference_mode()
     def _put_in_place(self, index: int, layer: torch.nn.Module) -> None:
         """Give a layer the weights in its file, if it has any."""
-        from reap2gguf.repairing.view import RepairedView
+        from reap2gguf.pruning.replaced import ReplacedView
 
         with self.work.folder.open([index]) as stored:
             if stored.tensors:
-                down = self._down(RepairedView(self.work.pruned, stored), index)
+                down = self._down(ReplacedView(self.work.pruned, stored), index)
                 experts = layer.get_submodule(self.decoder.model.experts_path(index))
                 experts.down_proj.copy_(down)  # type: ignore[operator]
 

@@ -40,8 +40,8 @@ class Way:
 def layer_size(facts: ModelFacts, way: str, on_gpu: bool) -> GramSize:
     """The same of a layer of a pruned model; "" is a repair by one number per expert."""
     if not way:  # the weights before and after
-        return GramSize(4 * facts.n_experts * facts.expert_width * facts.hidden_size * 8, 0)
-    shape = facts.n_experts, facts.expert_width, facts.hidden_size
+        return GramSize(4 * facts.n_experts * facts.expert_width * facts.expert_io_width * 8, 0)
+    shape = facts.n_experts, facts.expert_width, facts.expert_io_width
     return gram_size(way, *shape, 4 if on_gpu else 8, on_gpu)
 
 

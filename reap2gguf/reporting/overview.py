@@ -51,7 +51,8 @@ def _sentence(facts: ReportFacts) -> Child:
 def method(manifest: Manifest) -> str:
     """The criterion that ranked the experts, as it is called."""
     name = manifest.pruning.method
-    return {"reap": "REAP", GIVEN: "a given list of experts"}.get(name, name)
+    names = {"reap": "REAP", "ream": "REAM", "hc_smoe": "HC-SMoE"}
+    return {**names, GIVEN: "a given list of experts"}.get(name, name)
 
 
 def source_link(manifest: Manifest) -> Html:
@@ -169,7 +170,8 @@ def _numbers(facts: ReportFacts) -> Iterator[tuple[str, Child]]:
     yield "experts per layer", f"{pruning.n_kept} of {pruning.n_experts}"
     yield "active experts per token", str(pruning.experts_per_token)
     yield "parameters", f"{manifest.n_parameters:,} of {source.n_parameters:,}"
-    yield "pruned by", "nothing was pruned" if pruning.method == NO_METHOD else method(manifest)
+    how = "pruned by" if pruning.merge is None else "merged by"
+    yield how, "nothing was pruned" if pruning.method == NO_METHOD else method(manifest)
     if pruning.mtp.state != "none":
         yield "multi-token prediction (MTP)", _mtp(pruning.mtp)
     if source.earlier is not None:

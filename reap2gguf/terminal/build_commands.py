@@ -62,6 +62,8 @@ def build(
     """Prune, quantize, verify and bundle MODEL.
 
     MODEL is a folder or a name on the Hub (owner/name); without it the bundled example is built.
+    It may be a GGUF file (owner/name:FILE on the Hub): without --recipe its blocks stay as they
+    are.
     To resume an interrupted build, run the same command again. With different options, unaffected
     stages are reused. With other recipes, GGUF files are added to the finished bundle.
 
@@ -69,6 +71,8 @@ def build(
     Example:
       reap2gguf build --recipe unsloth-iq4km
       reap2gguf build ./Qwen3-30B-A3B --recipe Q4_K_M,Q8_0 --keep-experts 96
+      reap2gguf build ./Qwen3-30B-A3B --compression auto --target-size 12GiB
+      reap2gguf build Qwen3-30B-A3B-Q4_K_M.gguf --memory 4GiB
       reap2gguf build --like reap2gguf.json
     """
     from reap2gguf.terminal.plan_views import up_to_date_or_lines

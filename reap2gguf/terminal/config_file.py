@@ -16,9 +16,10 @@ from click.core import ParameterSource
 
 from reap2gguf.errors import UsageError
 from reap2gguf.messages import shown
+from reap2gguf.options import DEFAULT_RECIPES
 from reap2gguf.terminal.console import say
 from reap2gguf.terminal.help import MODEL, Number, option
-from reap2gguf.terminal.option_types import FilePath, FolderPath
+from reap2gguf.terminal.option_types import CompressionType, FilePath, FolderPath
 
 if TYPE_CHECKING:
     from reap2gguf.building.likeness import Likeness
@@ -165,6 +166,8 @@ def _toml_type(parameter: click.Parameter) -> tuple[tuple[type, ...], str]:
         isinstance(kind, Number) and isinstance(kind.low, float)
     ):
         return (float, int), "a number"
+    if isinstance(kind, CompressionType):
+        return (float, int, str), "a number or text"
     if isinstance(kind, click.types.IntParamType | Number):
         return (int,), "a whole number"
     return (str,), "text"
@@ -183,6 +186,8 @@ def settled(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str
         has_size = any(found[name] is not None for name in _SIZES)
         if has_size and _source(ctx, "recipes") is ParameterSource.DEFAULT:
             found["recipes"] = ()
+        elif _source(ctx, "recipes") is ParameterSource.DEFAULT:
+            found["recipes"] = DEFAULT_RECIPES  # this object: none was named
         return found, {}
     if _source(ctx, "recipes") is ParameterSource.DEFAULT:
         like.check_recipes()

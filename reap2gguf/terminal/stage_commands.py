@@ -96,7 +96,8 @@ def observe(
     "--observations",
     section=PRUNE,
     type=FilePath,
-    help="File that `observe` wrote; not for methods that read weights alone, nor with --kept.",
+    help="File that `observe` wrote; not for methods that read weights alone or merge, nor with "
+    "--kept.",
 )
 @pruning_options
 @repair_option
@@ -124,10 +125,11 @@ def prune(
     pack: bool | None,
     **arguments: Any,
 ) -> None:
-    """Remove the least important experts.
+    """Remove experts, or merge them into others.
 
     Writes the pruned MODEL as a safetensors folder. Options of calibration and of computing are for
-    --repair alone: nothing is read or computed without it.
+    --repair and for --method ream or hc_smoe, which merge experts by what they do on that text:
+    nothing is read or computed without one of these.
 
     Of a GGUF file, OUTPUT is a GGUF file, or as many parts: the stored blocks of the experts that
     stay. Observations may be of the file or of the checkpoint that it was made from.
@@ -139,6 +141,7 @@ def prune(
       reap2gguf prune ./Qwen3-30B-A3B --observations observations.safetensors \\
           --method weighted_ean_sum --calibration text.txt --repair -o Qwen3-30B-A3B-repaired
       reap2gguf prune ./Qwen3-30B-A3B --method aimer -o Qwen3-30B-A3B-AIMER
+      reap2gguf prune ./Qwen3-30B-A3B --method ream --calibration text.txt -o Qwen3-30B-A3B-REAM
       reap2gguf prune ./Qwen3-30B-A3B --kept kept_experts.json -o Qwen3-30B-A3B-again
       reap2gguf prune Qwen3-30B-A3B-Q4_K_M.gguf --observations observations.safetensors \\
           -o Qwen3-30B-A3B-REAP-Q4_K_M.gguf

@@ -21,11 +21,13 @@ from gguf import GGUFWriter, Keys, SpecialVocab
 from reap2gguf.checkpoint.config import read_optional
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
+from reap2gguf.tokenizer.character_bpe import is_sentencepiece
 from reap2gguf.tokenizer.files_beside import check_files_beside
 from reap2gguf.tokenizer.form import check_form
+from reap2gguf.tokenizer.gemma import SCORE, GemmaVocabulary, read_gemma
 from reap2gguf.tokenizer.post_processor import added_by_post_processor, has_step
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
-from reap2gguf.tokenizer.sentencepiece import SpmVocabulary, is_sentencepiece, read_spm
+from reap2gguf.tokenizer.sentencepiece import SpmVocabulary, check_size, read_spm
 from reap2gguf.tokenizer.tokenizer_files import (
     loaded_templates,
     read_tokenizer_json,
@@ -38,12 +40,13 @@ if TYPE_CHECKING:
     from reap2gguf.tokenizer.added_tokens import AddedToken
 
 SPM_PRE = "default"  # what llama.cpp's converter calls the splitting of a SentencePiece model
+GEMMA = "gemma4"  # what llama.cpp calls the tokenizer, and its splitting
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # gguf-py reads `bos_token_id` ...
 
 
 def add_tokenizer(
     writer: GGUFWriter, folder: Path, vocab_size: int, family: TokenizerFamily
-) -> tuple[str, Vocabulary | SpmVocabulary]:
+) -> tuple[str, Vocabulary | SpmVocabulary | GemmaVocabulary]:
     """Add the tokenizer of the checkpoint in `folder`: tokens, types, merges, template.
 
     Returns llama.cpp's name of its pre-tokenizer and its vocabulary. Raises CheckpointError if the
@@ -53,9 +56,12 @@ def add_tokenizer(
     tokenizer = read_tokenizer_json(folder)
     has_file = path.name == "tokenizer.json"
     config = read_optional(folder, "tokenizer_config.json")
-    vocabulary: Vocabulary | SpmVocabulary
+    vocabulary: Vocabulary | SpmVocabulary | GemmaVocabulary
     if family.sentencepiece and is_sentencepiece(tokenizer):
         pre, vocabulary = SPM_PRE, read_spm(tokenizer, folder, config, vocab_size)
+    elif family.gemma and is_sentencepiece(tokenizer):
+        check_size(vocab_size, folder)
+        pre, vocabulary = GEMMA, read_gemma(tokenizer, vocab_size, path)
     else:
         pre = check_form(tokenizer, path, family.pre_tokenizers)
         vocabulary = read_vocabulary(tokenizer, vocab_size, path, family.may_overlap)
@@ -68,11 +74,18 @@ def add_tokenizer(
     _check_config_ids(folder)
     if family.space_prefix and isinstance(config.get("add_prefix_space"), bool):
         writer.add_add_space_prefix(config["add_prefix_space"])
-    writer.add_tokenizer_model("llama" if is_spm else "gpt2")
-    writer.add_tokenizer_pre(pre)
+    elif is_spm and not puts_space:  # which llama.cpp does where no key says otherwise
+        writer.add_add_space_prefix(False)
+    is_gemma = isinstance(vocabulary, GemmaVocabulary)
+    writer.add_tokenizer_model("llama" if is_spm else GEMMA if is_gemma else "gpt2")
+    if not is_gemma:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(vocabulary.tokens)
     if isinstance(vocabulary, SpmVocabulary):
         writer.add_token_scores(vocabulary.scores)
+    if is_gemma:
+        writer.add_token_scores([SCORE] * vocab_size)
+        writer.add_add_space_prefix(False)
     writer.add_token_types(vocabulary.types)
     if isinstance(vocabulary, Vocabulary) and not has_file:
         writer.add_token_merges([" ".join(pair) for pair in vocabulary.merges])
@@ -90,6 +103,8 @@ def add_tokenizer(
             has_template = has_step(tokenizer, "TemplateProcessing")
             nothing = {"eos": False} if has_template else {"bos": False, "eos": False}
             special.add_special_token |= nothing
+        if is_gemma:  # llama.cpp puts it whatever a header says
+            special.add_special_token["bos"] = True
         if len(before) > 1:
             special.add_special_token["bos"] = True
             special.special_token_ids["bos"] = before[0]
@@ -156,9 +171,17 @@ def _check_config_ids(folder: Path) -> None:
 
 def _check_added_ids(writer: GGUFWriter, before: list[int], pre: str, folder: Path) -> None:
     """Refuse a header by which llama.cpp would add other ids to a text than the post-processor."""
-    usual = pre == SPM_PRE or PRE_TOKENIZERS[pre].adds_bos
+    usual = pre in (SPM_PRE, GEMMA) or PRE_TOKENIZERS[pre].adds_bos
     adds_bos = header_value(writer, Keys.Tokenizer.ADD_BOS, usual)
     bos = [header_value(writer, Keys.Tokenizer.BOS_ID)] if adds_bos else []
+    if pre == GEMMA and bos == [None]:
+        raise CheckpointError(
+            f"{folder}: no bos_token among the added tokens and no bos_token_id in config.json, "
+            "expected one: llama.cpp puts it before every text; set bos_token in "
+            "tokenizer_config.json"
+        )
+    if pre == GEMMA and not before:
+        before = bos  # as calibration does; the user is told
     adds_eos = header_value(writer, Keys.Tokenizer.ADD_EOS, False)
     if bos != before or adds_eos:
         raise UnsupportedModelError(

@@ -7,18 +7,16 @@ file was written agree everywhere.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.layout import MANIFEST_FILE
-from reap2gguf.bundle.manifest import repair_record
+from reap2gguf.bundle.manifest import merge_record, repair_record
 from reap2gguf.checkpoint.config import read_json, read_optional
 from reap2gguf.checkpoint.quantized.keys import sections_of
 from reap2gguf.errors import ArtifactError, CheckpointError, Reap2ggufError
 from reap2gguf.files import cached_blob
-from reap2gguf.hub.source import resolve_source
 from reap2gguf.messages import shown
 from reap2gguf.models.table import describe
 from reap2gguf.pruning.view import PrunedView
@@ -28,10 +26,9 @@ from reap2gguf.verifying.facts import check_source_facts
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import Manifest
-    from reap2gguf.bundle.records import RepairRecord
+    from reap2gguf.bundle.records import MergeRecord, RepairRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.hub.source import Source
-    from reap2gguf.progress import Progress
     from reap2gguf.pruning.select import Kept
 
 _MAX_KEPT_LAYERS = 2**12
@@ -97,16 +94,6 @@ class OpenSource:
         return PrunedSource(view, tuple(violations))
 
 
-@contextmanager
-def open_source(model: str, progress: Progress) -> Iterator[OpenSource]:
-    """MODEL, which is downloaded where it is compared. Raises what opening a model raises."""
-    source = resolve_source(model, progress.note)
-    source.complete(progress.note)
-    with source.open(progress.note) as checkpoint:
-        checkpoint.report_to(progress)
-        yield OpenSource(source, checkpoint)
-
-
 def _prune(
     checkpoint: Checkpoint, kept: Kept, mtp_state: str
 ) -> tuple[PrunedView | None, list[str]]:
@@ -132,14 +119,17 @@ def read_kept(folder: Path) -> Kept:
     return dict(_layers(path, layers))
 
 
-def read_repair(folder: Path) -> RepairRecord | None:
-    """The repair in `kept_experts.json`; None without one. Raises ArtifactError."""
-    path = folder / KEPT_FILE
+def read_change(folder: Path) -> RepairRecord | MergeRecord | None:
+    """The repair or merge in `kept_experts.json`; None without one. Raises ArtifactError."""
+    path, name = folder / KEPT_FILE, ""
     try:
-        values = read_json(path).get("repair")
-        return None if values is None else repair_record(values)
+        values = read_json(path)
+        for name, decode in (("repair", repair_record), ("merge", merge_record)):
+            if values.get(name) is not None:
+                return decode(values[name])
+        return None
     except (CheckpointError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{path}: repair is not a complete record ({shown(error)})") from error
+        raise ArtifactError(f"{path}: {name} is not a complete record ({shown(error)})") from error
 
 
 def _layers(path: Path, layers: dict[str, object]) -> Iterator[tuple[int, tuple[int, ...]]]:

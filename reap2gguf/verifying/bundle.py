@@ -28,8 +28,8 @@ from reap2gguf.files import is_own_file
 from reap2gguf.gguf_files.split import first_parts
 from reap2gguf.messages import one_line
 from reap2gguf.pruning.write import KEPT_FILE, companion_files
-from reap2gguf.verifying import repaired
-from reap2gguf.verifying.against_source import read_repair
+from reap2gguf.verifying import changed
+from reap2gguf.verifying.against_source import read_change
 from reap2gguf.verifying.context import (
     Check,
     Opened,
@@ -194,10 +194,10 @@ def _check_pruned_folder(
     pruned = source.pruned_by_record(folder)
     found.violations += pruned.violations
     view = pruned.view
-    if view is not None and (repair := read_repair(folder)) is not None:
-        found.take(repaired.check_repaired(repair, *opened, True), folder.name)
-        found.not_checked.append(repaired.NOT_REPEATED)
-        view = repaired.with_repaired(view, repair, opened[0])
+    if view is not None and (change := read_change(folder)) is not None:
+        found.take(changed.check_changed(change, *opened, True), folder.name)
+        found.not_checked.append(changed.not_repeated(change))
+        view = changed.with_changed(view, change, opened[0])
     if view is not None:
         found.violations += check_pruned(folder, view, progress, n_threads)
         found.reach(Level.EXACT, shards)
@@ -257,8 +257,9 @@ def _check_both(check: Check, hf: Path | None, gguf: Path | None) -> None:
         if opened is not None:
             check.take(_check_hf_contents(check, opened, pruned.view), opened[0].folder.name)
         reference: Reference | None = opened
-        if reference is None and check.manifest.pruning.repair is not None:
-            found.not_checked.append(repaired.NEEDS_FOLDER)
+        change = check.manifest.pruning.change
+        if reference is None and change is not None:
+            found.not_checked.append(changed.needs_folder(change))
         elif reference is None and pruned.view is not None:
             reference = (pruned.view, pruned.view.model)
         if reference is not None:
@@ -271,7 +272,7 @@ def _check_both(check: Check, hf: Path | None, gguf: Path | None) -> None:
     else:
         found.not_checked.append("cards and Modelfile not compared: the manifest is not sound")
     check.take(check_options(check.manifest), MANIFEST_FILE)
-    check.take(repaired.check_option(check.manifest), MANIFEST_FILE)
+    check.take(changed.check_option(check.manifest), MANIFEST_FILE)
     _say_what_is_missing(check, hf, gguf, reference)
 
 
@@ -305,14 +306,14 @@ def _check_hf_contents(check: Check, opened: Opened, view: PrunedView | None) ->
     yield from check_hf_facts(check.manifest, checkpoint, model)
     yield from check_shards(checkpoint)
     yield from check_config_text(checkpoint)
-    repair, reads_values = check.manifest.pruning.repair, check.strictness.reads_values
-    if repair is not None:
-        yield from repaired.check_repaired(repair, checkpoint, model, reads_values)
+    change, reads_values = check.manifest.pruning.change, check.strictness.reads_values
+    if change is not None:
+        yield from changed.check_changed(change, checkpoint, model, reads_values)
     if not reads_values:
         return
-    if repair is not None:
-        check.found.not_checked.append(repaired.NOT_REPEATED)
-        view = None if view is None else repaired.with_repaired(view, repair, checkpoint)
+    if change is not None:
+        check.found.not_checked.append(changed.not_repeated(change))
+        view = None if view is None else changed.with_changed(view, change, checkpoint)
     if view is None:
         yield from check_folder(checkpoint, model, check.progress, check.n_threads)
     else:
@@ -408,7 +409,8 @@ def _say_what_is_missing(
     if reference is None and check.strictness.reads_values:
         why = "the safetensors are " + ("not beside it" if hf is None else "not readable")
         if manifest.hf is None:
-            why = f"the bundle has none of its own; pass --source {one_line(manifest.source.label)}"
+            name = one_line(manifest.source.name)
+            why = f"the bundle has none of its own; pass --source {name}"
         say(f"values not compared: {why}")
         say(f"recipes not applied again: {why}")
     if check.strictness.source is None:

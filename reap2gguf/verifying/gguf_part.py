@@ -28,6 +28,7 @@ from reap2gguf.verifying.gguf_file import (
 from reap2gguf.verifying.gguf_layout import check_layout
 from reap2gguf.verifying.imatrix_files import check_dat, check_entries, check_imatrix, open_imatrix
 from reap2gguf.verifying.report import Level, with_error
+from reap2gguf.verifying.sliced import compared_blocks, is_sliced_of
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import GgufRecord, SideRecord
@@ -138,6 +139,7 @@ class GgufPart:
         check = self.check
         how = self.reference, check.n_threads, check.progress, check.strictness.device
         found = values_or_error(list(files.values()), *how)
+        self._check_blocks(records, found)
         for record in records:
             file = files[record.file]
             if file.unreadable:
@@ -150,6 +152,19 @@ class GgufPart:
                     "what this machine makes, as --exact shows"
                 )
         return found
+
+    def _check_blocks(self, records: Sequence[GgufRecord], found: list[list[str]]) -> None:
+        """Files that were sliced out of a GGUF file, byte for byte, where that is given."""
+        for record, violations in zip(records, found, strict=True):
+            path = self.folder / record.first
+            if not is_sliced_of(self.reference, self._open(path)[0]):
+                continue
+            assert self.reference is not None
+            of_blocks = list(compared_blocks(path, self.reference[0], self.check.progress))
+            violations += of_blocks
+            if not of_blocks:
+                names = [self.folder / name for name in record.files]
+                self.check.found.reach(Level.EXACT, names)
 
     def _check_side(self, side: SideRecord) -> Iterator[str]:
         """A side file, such as a vision projector: what its header says, then its values."""

@@ -107,12 +107,12 @@ def with_error(violations: Iterator[str], where: str) -> Iterator[str]:
         yield f"{where}: cannot be read ({error.strerror or error})"
 
 
-def passed_folder(n_tensors: int, n_repaired: int = 0) -> str:
+def passed_folder(n_tensors: int, n_changed: int = 0, what: str = "repair") -> str:
     """What a build has verified of the safetensors, as its manifest records it."""
-    if n_repaired:
+    if n_changed:
         return (
-            f"safetensors: {n_tensors - n_repaired} tensors equal the source's, and {n_repaired} "
-            "what the repair gave, byte for byte"
+            f"safetensors: {n_tensors - n_changed} tensors equal the source's, and {n_changed} "
+            f"what the {what} gave, byte for byte"
         )
     return f"safetensors: {n_tensors} tensors equal the source's, byte for byte"
 

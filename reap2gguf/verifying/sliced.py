@@ -7,7 +7,7 @@ file must have is known: its header is compared as a whole, and its blocks exper
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gguf import Keys
 
@@ -15,17 +15,19 @@ from reap2gguf.building.given_kept import check_kept_map
 from reap2gguf.building.history import read_history
 from reap2gguf.errors import ArtifactError, CheckpointError, Reap2ggufError, UsageError
 from reap2gguf.exporting.header_facts import pruning_values
-from reap2gguf.gguf_files.split import first_parts, parse_part_name, read_whole_header
+from reap2gguf.gguf_files.part_names import parse_part_name
+from reap2gguf.gguf_files.split import first_parts, read_whole_header
 from reap2gguf.gguf_source.checking import violations_in
+from reap2gguf.gguf_source.header import RECIPE_KEY
 from reap2gguf.gguf_source.writing import PrunedGguf, planned
 from reap2gguf.messages import shown
-from reap2gguf.models.table import describe
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.verifying.report import Findings, Level, VerifyReport
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
+    from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.gguf_files.reader import GgufHeader
     from reap2gguf.gguf_source.checkpoint import GgufCheckpoint
     from reap2gguf.models.contract import MoeModel
@@ -42,15 +44,34 @@ def verify_sliced(
     """Compare GGUF files with the one that they were pruned from; of parts, the first is enough."""
     found = Findings([path.name for path in paths])
     for path in first_parts(paths):
-        try:
-            plan = expected_slices(path, checkpoint, progress)
-        except Reap2ggufError as error:
-            found.violations.append(str(error))
-            continue
-        files = [(file.path, file.source, file.start) for file in plan.files]
-        found.violations += violations_in(plan.slices, files, progress)
-        found.reach(Level.EXACT, [file.path for file in plan.files])
+        violations = list(compared_blocks(path, checkpoint, progress))
+        found.violations += violations
+        if not violations:
+            found.reach(Level.EXACT, [path])
     return found.report()
+
+
+def is_sliced_of(reference: tuple[Weights, object] | None, header: GgufHeader | None) -> bool:
+    """Whether a file says that it was sliced, and the GGUF file that it was sliced from is there.
+
+    One with a recipe was quantized again.
+    """
+    source = None if reference is None else reference[0].gguf
+    if source is None or header is None or _KEPT not in header.metadata:
+        return False
+    return header.metadata.get(RECIPE_KEY) == source.metadata.get(RECIPE_KEY)
+
+
+def compared_blocks(path: Path, weights: Weights, progress: Progress) -> Iterator[str]:
+    """Violations in a sliced file against its source, of which `weights` are a view."""
+    source = weights.source if isinstance(weights, PrunedView) else weights
+    try:
+        plan = expected_slices(path, cast("GgufCheckpoint", source), progress)
+    except Reap2ggufError as error:
+        yield str(error)
+        return
+    files = [(file.path, file.source, file.start) for file in plan.files]
+    yield from violations_in(plan.slices, files, progress)
 
 
 def expected_slices(path: Path, checkpoint: GgufCheckpoint, progress: Progress) -> PrunedGguf:
@@ -86,9 +107,9 @@ def _kept(header: GgufHeader, checkpoint: GgufCheckpoint) -> tuple[MoeModel, Kep
             f"{path}: does not say which experts it keeps ({_KEPT}), so it was not pruned from a "
             "GGUF file by this program; leave out --source"
         )
-    models = [describe(checkpoint)]
+    models = [checkpoint.decoded.model]
     if models[0].facts.has_mtp:
-        models.append(describe(checkpoint, keep_mtp=False))
+        models.append(type(models[0]).of(checkpoint, keep_mtp=False))
     for model in models:
         layers = model.facts.moe_layers
         if len(flat) == count * len(layers):

@@ -23,10 +23,10 @@ from reap2gguf.pruning.select import select_experts
 from reap2gguf.terminal.json_views import result_as_json
 from reap2gguf.terminal.plan_views import plan_lines
 from reap2gguf.terminal.views import result_lines
-from reap2gguf.verifying.against_source import open_source
 from reap2gguf.verifying.bundle import verify_bundle
 from reap2gguf.verifying.context import Strictness
 from reap2gguf.verifying.facts import check_options, check_record
+from reap2gguf.verifying.opening import open_source
 from tests.building.builds import PROSE, contents, options, stages_reused, stop_at
 from tests.building.needs.machines import needs_on
 from tests.tiny import REPOSITORY, TinyQwen3Moe

@@ -17,9 +17,9 @@ from reap2gguf.errors import UsageError
 from reap2gguf.progress import Silent
 from reap2gguf.pruning import weight_scores
 from reap2gguf.terminal.plan_views import plan_lines
-from reap2gguf.verifying.against_source import open_source
 from reap2gguf.verifying.bundle import verify_bundle
 from reap2gguf.verifying.context import Strictness
+from reap2gguf.verifying.opening import open_source
 from tests.building.builds import build, contents, options, stages_reused, stop_at
 
 

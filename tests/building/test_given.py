@@ -23,9 +23,9 @@ from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from reap2gguf.terminal.plan_views import plan_as_json, plan_lines
-from reap2gguf.verifying.against_source import open_source
 from reap2gguf.verifying.bundle import verify_bundle
 from reap2gguf.verifying.context import Strictness
+from reap2gguf.verifying.opening import open_source
 from tests.building.builds import PROSE, build, contents, options, refuse_at, stages_reused
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe, child_environment
 

@@ -18,9 +18,9 @@ from reap2gguf.errors import ArtifactError, Reap2ggufError, UsageError
 from reap2gguf.models.description import ModelFacts
 from reap2gguf.progress import Silent
 from reap2gguf.terminal.plan_views import plan_lines
-from reap2gguf.verifying.against_source import open_source
 from reap2gguf.verifying.bundle import verify_bundle
 from reap2gguf.verifying.context import Strictness
+from reap2gguf.verifying.opening import open_source
 from tests.building.builds import build, contents, options, stages_reused
 from tests.pruning.test_select import facts
 

@@ -17,9 +17,9 @@ from reap2gguf.gguf_files.imatrix import load_imatrix, save_both
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.models.table import ARCHITECTURES
 from reap2gguf.progress import Silent
-from reap2gguf.verifying.against_source import open_source
 from reap2gguf.verifying.bundle import verify_bundle
 from reap2gguf.verifying.context import Strictness
+from reap2gguf.verifying.opening import open_source
 from tests.building.builds import build
 from tests.exporting.files import stored
 from tests.families.deepseek import V3

@@ -163,7 +163,14 @@ def test_they_are_built_as_their_decoded_values_are(name: str, tmp_path: Path) -
             assert all(torch.equal(first[key], second[key]) for key in first)
     for record in ours.gguf:
         files = [contents(one.gguf_folder / record.file) for one in (result, other)]
-        assert files[0]["tensors"] == files[1]["tensors"]
+        # experts in MXFP4 stay as they are stored (tests/models/test_gpt_oss.py)
+        copied = {n for n, one in files[0]["tensors"].items() if one[0] == "MXFP4"}
+        assert bool(copied) is (name == "MXFP4")
+        assert all("_exps.weight" in one for one in copied)
+        ours_and_theirs = [
+            {n: one for n, one in file["tensors"].items() if n not in copied} for file in files
+        ]
+        assert ours_and_theirs[0] == ours_and_theirs[1]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import UsageError
 from reap2gguf.options import CalibrationOptions, ComputeOptions
-from reap2gguf.repairing.record import RepairFolder, tensors_sha256
+from reap2gguf.pruning.layer_files import tensors_sha256
+from reap2gguf.repairing.record import RepairFolder
 from tests.building.builds import PROSE, build, contents, options, stages_reused, stop_at
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 

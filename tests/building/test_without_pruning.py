@@ -23,9 +23,9 @@ from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.progress import Silent
 from reap2gguf.terminal.plan_views import plan_lines
 from reap2gguf.terminal.views import result_lines
-from reap2gguf.verifying.against_source import open_source
 from reap2gguf.verifying.bundle import check_bundle, verify_bundle, verify_paths
 from reap2gguf.verifying.context import Strictness
+from reap2gguf.verifying.opening import open_source
 from reap2gguf.verifying.report import Level, VerifyReport
 from tests.building.builds import (
     build,

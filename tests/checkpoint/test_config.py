@@ -166,6 +166,18 @@ def test_read_json(tmp_path: Path) -> None:
     assert read_json(path) == {"a": [1, 2.5, "ü"]}
 
 
+def test_infinity_in_a_config(tmp_path: Path) -> None:
+    """Python writes it so, and so do configs of Mamba models."""
+    path = tmp_path / "config.json"
+    path.write_text('{"time_step_limit": [0.0, Infinity]}')
+    found = read_json(path)
+    assert found == {"time_step_limit": [0.0, float("inf")]}
+    with pytest.raises(UnsupportedModelError, match="width is inf, expected a finite number"):
+        ConfigReader({"width": found["time_step_limit"][1]}, "here").number("width")
+    with pytest.raises(CheckpointError, match="Infinity is not JSON"):
+        parse_json_object(path.read_text(), "some/header")
+
+
 def test_unreadable_json(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):

@@ -22,10 +22,10 @@ from reap2gguf.evaluating.variants import Variant
 from reap2gguf.models.table import describe
 from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import Silent
+from reap2gguf.pruning.replaced import ReplacedView
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
 from reap2gguf.repairing.limits import LEAST_ROWS
-from reap2gguf.repairing.view import RepairedView
 from tests.tiny import TinyQwen3Moe
 
 CPU = ComputeOptions(device="cpu", threads=1)
@@ -75,7 +75,7 @@ def test_the_best_criterion_is_repaired_and_taken_or_dropped_by_the_same_rule(
         new = with_other_downs(view, tmp_path / "made", factor)
         path = new / "model.safetensors"
         stored = stack.enter_context(closing(Checkpoint(new, {}, read_header(path), (path,))))
-        repaired.append(RepairedView(view, stored))
+        repaired.append(ReplacedView(view, stored))
         return repaired[0]
 
     found, seconds = chooser.choose(evaluate, repair)

@@ -75,6 +75,8 @@ FIELDS: dict[Any, tuple[dict[str, Row], Any, Any]] = {
 CONFIGS = (drawn_mla("deepseek_v2"), drawn_mla("deepseek_v3"))
 
 # Header keys that differ from those of llama.cpp's converter on purpose, each with the reason.
+# llama.cpp has no key for its `beta_fast`, so its logits are others
+RECORDED = {"DeepseekV3ForCausalLM": ("Kimi-K2",)}
 DIFFERENCES = {
     "DeepseekV2ForCausalLM": {
         "deepseek2.attention.q_lora_rank": "the converter writes none where queries are one "

@@ -18,6 +18,7 @@ from tests.families.kimi_linear import TinyKimiLinear
 from tests.families.lfm2 import TinyLfm2Moe
 from tests.families.mixtral import TinyMixtral
 from tests.families.mla import TinyMla
+from tests.families.nemotron import TinyNemotronH
 from tests.families.qwen3_next import TinyQwen3Next
 from tests.models.oracles import planned
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
@@ -30,6 +31,7 @@ MODELS: dict[str, Any] = {
     "lfm2": TinyLfm2Moe(),
     "mixtral": TinyMixtral(),
     "mla": TinyMla(),
+    "nemotron": TinyNemotronH(pattern="MEM*E", latent=48, mtp=True),
     "kimi-linear": TinyKimiLinear(),
 }
 _CACHE = re.compile(r"llama_kv_cache: size = +([\d.]+) MiB")

@@ -22,7 +22,7 @@ from gguf import GGUFReader
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.models.description import SideFile
 from reap2gguf.models.table import describe
-from tests.models.layouts import LAYOUTS
+from tests.models.layouts import LAYOUTS, RECORDED, Case
 from tests.tiny import REPOSITORY, child_environment
 
 FOLDER = REPOSITORY / "tests" / "data" / "converted"
@@ -48,14 +48,6 @@ get_model_class(architecture, mmproj=kind == "MOSTLY_F16")(
     Path(folder), gguf.LlamaFileType[kind], Path(output), eager=True
 ).write()
 """
-
-
-# What is recorded, by the name of its file: an architecture's first layout, and others that have
-# keys of their own.
-RECORDED: dict[str, tuple[str, str]] = {
-    **{architecture: (architecture, next(iter(LAYOUTS[architecture]))) for architecture in LAYOUTS},
-    "Kimi-K2": ("DeepseekV3ForCausalLM", "Kimi-K2"),
-}
 
 
 def contents(path: Path) -> dict[str, Any]:
@@ -91,18 +83,18 @@ def _short(value: Any) -> Any:
     return value
 
 
-def record(source: Path, architecture: str, layout: str) -> dict[str, Any]:
+def record(source: Path, case: Case) -> dict[str, Any]:
     """What llama.cpp's converter makes of one layout, by kind of file."""
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = LAYOUTS[architecture][layout].write(Path(scratch) / "model")
+        folder = case.tiny.write(Path(scratch) / "model")
         config = folder / "config.json"
         # of which it asks transformers, which knows the type by the model's own code only
         config.write_text(config.read_text().replace('"kimi_k2"', '"deepseek_v3"'))
         kinds = KINDS | ({PROJECTOR: _PROJECTOR_KIND} if side_files(folder) else {})
         for kind, file_type in kinds.items():
             output = Path(scratch) / f"{kind}.gguf"
-            found[kind] = convert(source, folder, file_type, output, architecture)
+            found[kind] = convert(source, folder, file_type, output, case.architecture)
     return found
 
 
@@ -120,14 +112,14 @@ def convert(
 
 
 def main() -> None:
-    """Record the first layout of every architecture, or what is named."""
+    """Record the published layouts of every architecture, or of those that are named."""
     source, *chosen = sys.argv[1:]
-    for name in chosen or RECORDED:
+    for case in (case for case in RECORDED if case.architecture in (chosen or LAYOUTS)):
         try:
-            found = record(Path(source), *RECORDED[name])
+            found = record(Path(source), case)
         except subprocess.CalledProcessError as error:
-            raise SystemExit(f"{name}: {error.stderr.decode()[-2000:]}") from error
-        path = FOLDER / f"{name}.json"
+            raise SystemExit(f"{case}: {error.stderr.decode()[-2000:]}") from error
+        path = FOLDER / f"{case.record}.json"
         parts = [("keys", found["F32"]["keys"])]
         parts += [(kind, one["tensors"]) for kind, one in found.items()]
         if PROJECTOR in found:

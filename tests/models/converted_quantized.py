@@ -18,9 +18,10 @@ from typing import Any
 
 from tests.families.deepseek import KIMI_K2, V3
 from tests.families.glm import TinyGlm4Moe
+from tests.families.gpt_oss import TINY as GPT_OSS
 from tests.families.minimax import as_published
 from tests.models.converted import convert
-from tests.quantized import Quantized, as_compressed_fp8, as_fp8, as_packed
+from tests.quantized import Quantized, as_compressed_fp8, as_fp8, as_mxfp4, as_packed
 from tests.tiny import REPOSITORY, TinyQwen3Moe
 
 FILE = REPOSITORY / "tests" / "data" / "converted_quantized.json"
@@ -34,6 +35,7 @@ CASES: dict[str, Quantized] = {
     "GLM-4.5-Air-FP8": as_compressed_fp8(TinyGlm4Moe(width=40), "channel"),
     "Kimi-K2-Thinking": as_packed(_KIMI, 32, only=".mlp.experts."),
     "W4A16": as_packed(TinyQwen3Moe(), 16),
+    "gpt-oss": as_mxfp4(GPT_OSS),
 }
 
 

@@ -63,7 +63,8 @@ class Drawn:
 
     def _write_tensors(self, folder: Path) -> None:
         tensors = self.tiny.tensors()
-        embedding = next(t for name, t in tensors.items() if name.endswith("embed_tokens.weight"))
+        names = ("embed_tokens.weight", "embeddings.weight")
+        embedding = next(t for name, t in tensors.items() if name.endswith(names))
         if isinstance(self.tiny, TinyQwen3Moe):
             # so large that what a layer does is seen in the logits
             large = {n: t * 4 for n, t in tensors.items() if t.ndim > 1 and "mlp.gate." not in n}

@@ -3,7 +3,9 @@
 A file of tests/families has, of one family: `LAYOUTS` by the name that config.json has in
 `architectures`, each a factory of a checkpoint, the published layout first; `FIELDS`, what is read,
 refused and carried of transformers' config classes; `CONFIGS`, strategies that draw configs; and,
-where it has any, `DIFFERENCES` from the header that llama.cpp's converter writes.
+where it has any, `DIFFERENCES` from the header that llama.cpp's converter writes, and `PUBLISHED`,
+by architecture, further layouts for the tests that take the first one, and `RECORDED`, further ones
+of which only the converter's bytes and keys are compared.
 """
 
 from __future__ import annotations
@@ -67,6 +69,12 @@ class Case:
         return f"{self.architecture}, {self.layout}{'' if self.keep_mtp else ', MTP dropped'}"
 
     @property
+    def record(self) -> str:
+        """The name of what is recorded of it: an architecture's first layout has its name."""
+        is_first = self.layout == next(iter(LAYOUTS[self.architecture]))
+        return self.architecture if is_first else f"{self.architecture}-{self.layout}"
+
+    @property
     def tiny(self) -> Any:
         return LAYOUTS[self.architecture][self.layout]
 
@@ -79,7 +87,26 @@ class Case:
         return stored_of(tensors_of(self.tiny))
 
 
-FIRST = [Case(name, next(iter(layouts))) for name, layouts in LAYOUTS.items()]
+PUBLISHED: dict[str, tuple[str, ...]] = {
+    architecture: layouts
+    for family in every_family()
+    for architecture, layouts in getattr(family, "PUBLISHED", {}).items()
+}
+FIRST = [
+    Case(name, layout)
+    for name, layouts in LAYOUTS.items()
+    for layout in (next(iter(layouts)), *PUBLISHED.get(name, ()))
+]
+# what llama.cpp's converter makes of them is recorded
+RECORDED = [
+    *FIRST,
+    *(
+        Case(architecture, layout)
+        for family in every_family()
+        for architecture, layouts in getattr(family, "RECORDED", {}).items()
+        for layout in layouts
+    ),
+]
 CASES = [Case(name, layout) for name, layouts in LAYOUTS.items() for layout in layouts]
 CASES += [replace(case, keep_mtp=False) for case in CASES if getattr(case.tiny, "mtp", False)]
 

@@ -82,8 +82,8 @@ def barred(whole: Any, model: MoeModel, kept: Kept) -> Iterator[None]:
         is_dropped[list(kept[role.layer])] = False
         if rest.endswith("bias"):
             with torch.no_grad():
-                tensor[is_dropped] = -torch.inf
-        else:
+                tensor[..., is_dropped] = -torch.inf
+        elif tensor.ndim == 2:  # else it scales what chosen experts give
             dropped[id(tensor)] = is_dropped
     linear = torch.nn.functional.linear
 

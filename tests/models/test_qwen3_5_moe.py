@@ -318,7 +318,7 @@ def test_configs_that_are_not_implemented(
 def test_an_mtp_block_needs_a_layer_of_full_attention() -> None:
     """The block's layer is built after the trunk's first of its kind; without one, it is said."""
     with pytest.raises(UnsupportedModelError, match="full_attention"):
-        model_of(replace(BASE, layers="ll")).mtp_template()
+        model_of(replace(BASE, layers="ll")).mtp_templates()
 
 
 def test_a_quantized_checkpoint() -> None:

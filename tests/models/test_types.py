@@ -23,7 +23,8 @@ from tests.models.layouts import FIRST, Case, every_family
 
 # of an MTP block: matrices that llama-imatrix never sees
 _UNWEIGHTED = (".nextn.embed_tokens.weight", ".nextn.shared_head_head.weight")
-# by architecture: what makes rows of a tiny checkpoint fill blocks of 256 where real ones do
+# by architecture, or by the name of its record: what makes rows of a tiny checkpoint fill blocks of
+# 256 where real ones do
 WIDE: dict[str, dict[str, Any]] = {
     architecture: sizes
     for family in every_family()
@@ -37,7 +38,7 @@ COUNTS = [8, pytest.param(16, marks=pytest.mark.slow), pytest.param(64, marks=py
 @pytest.mark.parametrize("n_experts", COUNTS)
 @pytest.mark.parametrize("case", FIRST, ids=str)
 def test_types_are_those_llama_cpp_chooses(case: Case, n_experts: int, tmp_path: Path) -> None:
-    sizes = {"hidden": 256, "width": 512, "n_experts": n_experts} | WIDE.get(case.architecture, {})
+    sizes = {"hidden": 256, "width": 512, "n_experts": n_experts} | WIDE.get(case.record, {})
     folder = replace(case.tiny, **sizes).write(tmp_path / "model")
     bf16 = export_files(folder, tmp_path, [plain("BF16")])["BF16"]
     with Checkpoint.open(folder) as checkpoint:

@@ -13,7 +13,7 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.models.description import ModelFacts
 from reap2gguf.models.table import describe
-from reap2gguf.pruning.methods import FROM_WEIGHTS, METHODS, OBSERVED
+from reap2gguf.pruning.methods import FROM_WEIGHTS, MERGING, METHODS, OBSERVED
 from reap2gguf.pruning.select import (
     CRITERIA,
     Target,
@@ -160,7 +160,7 @@ def test_criteria(method: str, scores: list[float]) -> None:
 
 
 def test_every_criterion_can_be_asked_for() -> None:
-    assert (*CRITERIA, *FROM_WEIGHTS) == METHODS
+    assert (*CRITERIA, *FROM_WEIGHTS, *MERGING) == METHODS
 
 
 NEW = {name for name, one in OBSERVED.items() if one.gate == 2 or one.norm == 2}

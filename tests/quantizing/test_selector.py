@@ -79,6 +79,8 @@ def test_layers_are_written_as_they_are_read() -> None:
 MATRICES = {
     "attention": "attn_(q|k|v|output|q_a|q_b|kv_a_mqa|kv_b|k_b|v_b)",
     "deltanet": "attn_qkv|attn_gate|ssm_(alpha|beta|ba|out)",
+    "mamba": "ssm_(in|out)",
+    "latent": "ffn_latent_(down|up)",
     "convolution": r"shortconv\.(in|out)_proj",
     "experts.gate": "ffn_gate_exps",
     "experts.up": "ffn_up_exps",

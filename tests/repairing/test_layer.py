@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from reap2gguf.repairing.layer import ALPHAS, NEARLY, fit_layer, scales, split_rows
+from reap2gguf.repairing.capture import split_rows
+from reap2gguf.repairing.layer import ALPHAS, NEARLY, fit_layer, scales
 from tests.repairing.layers import N_EXPERTS, TOP_K, WIDTH, HeldRows, Layer, random_layer
 
 

@@ -14,20 +14,22 @@ from reap2gguf.errors import UsageError
 from reap2gguf.observing import state
 from reap2gguf.options import Resume
 from reap2gguf.progress import Silent
+from reap2gguf.pruning.replaced import ReplacedView
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
 from reap2gguf.repairing.fit import LayerFit
 from reap2gguf.repairing.gram_size import WAYS
 from reap2gguf.repairing.limits import LEAST_ROWS, repaired_layers
 from reap2gguf.repairing.record import RepairFolder
-from reap2gguf.repairing.view import RepairedView
 from tests.families import (
     deepseek,
+    gemma,
     glm,
     granite,
     kimi_linear,
     lfm2,
     mixtral,
+    nemotron,
     olmoe,
     qwen2,
     qwen3_next,
@@ -53,7 +55,10 @@ def first_of(module: Any) -> dict[str, Any]:
     }
 
 
-for family in (deepseek, glm, granite, kimi_linear, lfm2, mixtral, olmoe, qwen2, qwen3_next):
+for family in (
+    *(deepseek, gemma, glm, granite, kimi_linear, lfm2),
+    *(mixtral, nemotron, olmoe, qwen2, qwen3_next),
+):
     MODELS |= first_of(family)
 
 
@@ -73,17 +78,17 @@ def test_a_repair_is_the_ridge_regression_of_what_transformers_computes(
         layers = repaired_layers(view.model)
         assert list(found) == layers
         with folder.open(layers) as stored:
-            after = RepairedView(view, stored)
+            after = ReplacedView(view, stored)
             written.mkdir()
             write_pruned(after, written, Silent())
             for layer in (layers[0], layers[-1]):
                 path = f"{layer}.{view.model.experts_path(layer)}"
                 # in transformers, the layers before have their new weights
                 pruned = calls(written, ROWS, path)
-                target = targets(source, pruned.inputs, path)
+                target = targets(source, pruned, path)
                 expected = expected_repair(target, pruned, down_of(view, layer), IS_HELD)
                 is_bfloat16 = "BF16" in {view.tensors[name].dtype for name in stored.tensors}
-                compare(found[layer].fit, down_of(after, layer), expected, is_bfloat16)
+                compare(found[layer].facts, down_of(after, layer), expected, is_bfloat16)
 
 
 def down_of(view: PrunedView, layer: int) -> np.ndarray:
@@ -198,7 +203,7 @@ def test_rows_of_other_lengths_are_padded_and_the_padding_does_not_count(
     rows = [row[: 20 + number] for number, row in enumerate(ROWS[:24])]
     with pruned_view(source) as view:
         found, _ = repaired(view, tmp_path / "repair", rows)
-    fit = found[0].fit
+    fit = found[0].facts
     # batches go from the longest row to the shortest; every eighth of them is held out
     longest_first = sorted((len(row) for row in rows), reverse=True)
     assert fit.n_held_out == sum(longest_first[7::8])
@@ -212,8 +217,8 @@ def test_with_all_experts_nothing_is_wrong_and_nothing_changes(
         found, folder = repaired(view, tmp_path / "repair")
         with folder.open(repaired_layers(view.model)) as stored:
             assert not stored.tensors
-    assert all(one.fit.alpha is None for one in found.values())
-    assert all(one.fit.error_before == 0 for one in found.values())
+    assert all(one.facts.alpha is None for one in found.values())
+    assert all(one.facts.error_before == 0 for one in found.values())
 
 
 def test_too_few_rows_are_refused(source: Path, tmp_path: Path) -> None:

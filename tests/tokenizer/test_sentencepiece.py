@@ -13,9 +13,10 @@ from gguf import GGUFWriter, TokenType
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.tokenizer_families import tokenizer_family
+from reap2gguf.tokenizer.character_bpe import is_sentencepiece
 from reap2gguf.tokenizer.check import check_tokenizer
 from reap2gguf.tokenizer.gguf_keys import add_tokenizer
-from reap2gguf.tokenizer.sentencepiece import is_sentencepiece, read_spm
+from reap2gguf.tokenizer.sentencepiece import read_spm
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 from tests.tiny import REPOSITORY
 from tests.tokenizer.small import added, llama_cpp_tokenizer, tokenizer
@@ -119,8 +120,10 @@ def test_spaces_that_llama_cpp_puts_alone_are_told(
     assert all(word in caveat for word, caveat in zip(words, caveats, strict=True))
 
 
+@pytest.mark.parametrize("says", [False, None])
 @pytest.mark.parametrize("form", ["metaspace", "normalizer"])
-def test_no_space_before_a_text(form: str, tmp_path: Path) -> None:
+def test_no_space_before_a_text(form: str, says: bool | None, tmp_path: Path) -> None:
+    """Also where tokenizer_config.json does not say it, and llama.cpp would put one."""
     description = spm_tokenizer()
     if form == "metaspace":
         description |= {
@@ -129,7 +132,7 @@ def test_no_space_before_a_text(form: str, tmp_path: Path) -> None:
         }
     else:
         del description["normalizer"]["normalizers"][0]
-    config = {"add_prefix_space": False}
+    config = {"add_prefix_space": says}
     write_spm(tmp_path, description, piece_model(adds_space=False), config)
     assert check_tokenizer(tmp_path, VOCAB_SIZE, FAMILY) == ()
     mine = Tokenizer(tmp_path)

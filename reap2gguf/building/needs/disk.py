@@ -71,7 +71,7 @@ class DiskNeeds:
         for name, (seconds, n_layers) in sweeps.items():
             beside = self.spool + self.state * states_kept(seconds, n_layers, self.state)
             written = self.hf + (self.gguf if overlaps else 0)
-            made = 0 if name in ("observe", "repair") else written
+            made = 0 if name in ("observe", "merge", "repair") else written
             peak = max(peak, self.shared + beside + made)
         return peak + self.repaired
 
@@ -103,13 +103,13 @@ def disk_needs(
     facts = plan.model.facts
     companions = sum(file.stat().st_size for file in companion_files(plan.source.folder))
     companions += plan.source.later_bytes
-    columns = 2 * facts.hidden_size + facts.expert_width
+    columns = 2 * facts.expert_io_width + facts.expert_width
     imatrix = 2 * 4 * len(facts.moe_layers) * (plan.target.n_kept + _COUNTED) * columns
     files = sum(recipe.n_bytes for recipe in plan.recipes)
     files += sum(side_bytes(side) for side in plan.side_files)
     observed = _OBSERVED_BYTES * facts.n_experts * len(facts.moe_layers)
     if plan.takes_sums:  # gate and up share theirs
-        width = facts.hidden_size + facts.expert_width
+        width = facts.expert_io_width + facts.expert_width
         observed += 4 * len(facts.moe_layers) * (facts.n_experts + _COUNTED) * width
     # a header holds the tokenizer
     gguf = files + companions * len(plan.recipes) + imatrix + amount.text_bytes + _CARD_BYTES
@@ -133,13 +133,14 @@ def _spool_bytes(sweeps: SweepNeeds, repairing: SweepNeeds | None) -> int:
 
 
 def _repaired_bytes(plan: Plan) -> int:
-    """Bytes of the weights that a repair gives."""
-    if not plan.repairs:
+    """Bytes of the weights that a repair gives, or that a merge may give at most."""
+    if not plan.repairs and not plan.merges:
         return 0
     return sum(
         tensor.n_bytes
         for name, tensor in plan.pruned.tensors.items()
-        if isinstance(role := plan.pruned.model.role(name), Expert) and role.projection == "down"
+        if isinstance(role := plan.pruned.model.role(name), Expert)
+        and (plan.merges or role.projection == "down")
     )
 
 

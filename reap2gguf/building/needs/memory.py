@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING
 
-from reap2gguf.building.needs.scoring import CHUNK, chosen_tokens
+from reap2gguf.building.needs.scoring import (
+    CHUNK,
+    WEIGHED_TOKENS,
+    chosen_tokens,
+    weighed_variants,
+)
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import UsageError
 from reap2gguf.evaluating.head_cut import Cut, HeadShape
 from reap2gguf.machine import processes
+from reap2gguf.merging.room import merge_need
 from reap2gguf.observing.budget import (
     CONTEXT_BYTES,
     Budget,
@@ -101,18 +108,23 @@ def evaluation_needs(
 
 
 def choosing_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> SweepNeeds | None:
-    """What the stage takes that chooses a method; None if the method was named.
+    """What the stage takes that chooses a method, or weighs numbers of experts: the larger one.
 
-    All candidates are views of the source, which share its layers and its head.
+    None if both were named. All candidates are views of the source, which share its layers and its
+    head.
     """
-    if not plan.chooses:
+    if not plan.chooses and not plan.weighs:
         return None
-    n_here, n_variants = processes().on_machine, 1 + len(plan.candidates)
+    n_here = processes().on_machine
+    asked = [(1 + len(plan.candidates), chosen_tokens(amount))] if plan.chooses else []
+    if plan.weighs:
+        asked.append((len(weighed_variants(plan)), WEIGHED_TOKENS))
+    n_variants, n_tokens = max(asked, key=prod)
     kind = _kind(plan, sizes, machine, n_here)
     embedding = plan.checkpoint.tensors[plan.model.embedding_name].n_elements * kind.itemsize
     layers = sizes.layers(kind.itemsize, kind.on_gpu)
     trunk = {n: layers[n] for n in range(plan.model.facts.n_layers) if n in layers}
-    n_positions = -(-chosen_tokens(amount) * n_variants // processes().size)
+    n_positions = -(-n_tokens * n_variants // processes().size)
     need = kind.need(trunk, embedding, n_positions, max(amount.longest_row, CHUNK))
     # as in `evaluating/engine.py`: a third layer, if several views are made of one
     need = replace(need, layer=int(1.5 * need.layer) if n_variants > 2 else need.layer)
@@ -120,13 +132,25 @@ def choosing_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -
     return _fitted(plan, need, kind, machine, n_here, heads)
 
 
-def repair_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> SweepNeeds | None:
-    """What a repair takes, whose pass has both sides of a layer and its normal equations.
+def change_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> SweepNeeds | None:
+    """What a repair or a merge takes; None if the build has neither. One process computes it."""
+    if plan.merges:
+        return _merge_needs(plan, sizes, amount, machine)
+    return _repair_needs(plan, sizes, amount, machine) if plan.repairs else None
 
-    None if nothing is repaired. One process computes it.
-    """
-    if not plan.repairs:
-        return None
+
+def _merge_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> SweepNeeds:
+    """Of a pass whose layers are the source's, with what experts are compared by."""
+    kind = _kind(plan, sizes, machine, 1)
+    layers = sizes.layers(kind.itemsize, kind.on_gpu)
+    embedding = plan.checkpoint.tensors[plan.model.embedding_name].n_elements * kind.itemsize
+    need = kind.need(layers, embedding, amount.n_tokens, amount.longest_row)
+    how = plan.method, plan.group_size, kind.n_threads, kind.itemsize
+    return _fitted(plan, merge_need(need, plan.model.facts, *how), kind, machine, 1)
+
+
+def _repair_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> SweepNeeds:
+    """Of a pass that has both sides of a layer and its normal equations."""
     kind, on_gpu = _kind(plan, sizes, machine, 1), machine.device == "cuda"
     facts, layers = plan.pruned.model.facts, sizes.layers(kind.itemsize, on_gpu)
     model, tensors = plan.pruned.model, plan.pruned.tensors
@@ -239,6 +263,7 @@ def _need(plan: Plan, sizes: Sizes, amount: Amount, kind: Kind) -> Need:
     """Of the longer pass; layers are those of the unpruned model."""
     layers = sizes.layers(kind.itemsize, kind.on_gpu)
     embedding = plan.checkpoint.tensors[plan.model.embedding_name].n_elements * kind.itemsize
-    observed = amount.n_tokens if plan.observes or plan.repairs else 0
+    makes_passes = plan.observes or plan.merges or plan.repairs
+    observed = amount.n_tokens if makes_passes else 0
     positions = max(observed, amount.n_chunk_tokens) + amount.probe_tokens
     return kind.need(layers, embedding, -(-positions // processes().size), amount.longest_row)

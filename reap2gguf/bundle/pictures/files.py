@@ -40,10 +40,11 @@ _ROLES = (
     ("experts: down", ("ffn_down_exps",)),
     ("experts: up, gate", ("ffn_up_exps", "ffn_gate_exps", "ffn_gate_up_exps")),
     ("shared expert", ("ffn_down_shexp", "ffn_up_shexp", "ffn_gate_shexp")),
+    ("latent", ("ffn_latent_down.", "ffn_latent_up.")),
     ("dense layer", ("ffn_down.", "ffn_up.", "ffn_gate.")),
     ("router", ("ffn_gate_inp", "exp_probs_b")),
     ("attention", ("attn_",)),
-    ("linear attention", ("ssm_",)),
+    ("linear attention, Mamba", ("ssm_",)),
     ("convolution", ("shortconv.",)),
     ("MTP", ("nextn.",)),
 )

@@ -1,4 +1,7 @@
-"""The repaired model as a view: a pruned view, some of whose tensors are read from elsewhere."""
+"""A pruned view with new weights: some of its tensors are read from the files of a work folder.
+
+A repair gives the kept experts new `down_proj`, and a merge gives some of them new matrices.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ if TYPE_CHECKING:
     from reap2gguf.checkpoint.checkpoint import Checkpoint
 
 
-class RepairedView(PrunedView):
-    """A pruned view with new `down_proj` tensors, from the files of a repair.
+class ReplacedView(PrunedView):
+    """A pruned view some of whose tensors are new, from the files of a repair or a merge.
 
     Everything that reads a pruned view reads this one, with the same names, types and shapes.
     """

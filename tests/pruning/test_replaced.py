@@ -9,9 +9,9 @@ import pytest
 
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CheckpointError
+from reap2gguf.pruning.replaced import ReplacedView
 from reap2gguf.repairing.fit import LayerFit
 from reap2gguf.repairing.record import RepairFolder
-from reap2gguf.repairing.view import RepairedView
 from tests.repairing.repairs import pruned_view
 from tests.tiny import TinyQwen3Moe
 
@@ -31,7 +31,7 @@ def test_new_tensors_are_read_in_place_of_the_sources(source: Path, tmp_path: Pa
         content = np.arange(stored.n_bytes, dtype=np.uint8) % 60  # finite values
         folder.save(1, FIT, {NAME: (StoredTensor(NAME, stored.dtype, stored.shape), content)})
         with folder.open([1]) as replaced:
-            view = RepairedView(pruned, replaced)
+            view = ReplacedView(pruned, replaced)
             assert view.tensors == pruned.tensors
             assert view.kept == pruned.kept
             assert view.source is pruned.source
@@ -62,4 +62,4 @@ def test_a_tensor_that_the_model_does_not_have_is_refused(
         folder.open([1]) as replaced,
         pytest.raises(CheckpointError, match="no tensor of the pruned model"),
     ):
-        RepairedView(pruned, replaced)
+        ReplacedView(pruned, replaced)

@@ -1,4 +1,4 @@
-"""The files that a repair keeps."""
+"""The files of new weights, here those of a repair."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import ArtifactError
+from reap2gguf.pruning.layer_files import tensors_sha256
 from reap2gguf.repairing.fit import LayerFit
-from reap2gguf.repairing.record import RepairFolder, tensors_sha256
+from reap2gguf.repairing.record import RepairFolder
 
 FIT = LayerFit(0.1, 0.5, 0.25, 700, 100)
 
@@ -43,12 +44,12 @@ def test_a_layer_that_keeps_its_weights_has_a_file_without_tensors(tmp_path: Pat
     assert folder.save(0, fit, {}).sha256 == ""
     found = folder.load(0)
     assert found is not None
-    assert found.fit == fit
+    assert found.facts == fit
     with folder.open([0]) as stored:
         assert not stored.tensors
 
 
-@pytest.mark.parametrize("damage", ["missing", "other key", "flipped", "truncated", "no fit"])
+@pytest.mark.parametrize("damage", ["missing", "other key", "flipped", "truncated", "no facts"])
 def test_what_is_not_whole_counts_as_missing(damage: str, tmp_path: Path) -> None:
     folder = RepairFolder(tmp_path, "key")
     folder.save(0, FIT, tensors())
@@ -62,7 +63,7 @@ def test_what_is_not_whole_counts_as_missing(damage: str, tmp_path: Path) -> Non
     elif damage == "truncated":
         folder.file(0).write_bytes(content[:-1])
     else:
-        folder.file(0).write_bytes(content.replace(b'"fit"', b'"fat"'))
+        folder.file(0).write_bytes(content.replace(b'"facts"', b'"fakts"'))
     assert folder.load(0) is None
     with pytest.raises(ArtifactError, match=r"layer-00000.*missing or damaged"):
         folder.load_all([0])

@@ -1,0 +1,1 @@
+"""Merges experts into those that stay, in place of removing the others: REAM and HC-SMoE."""

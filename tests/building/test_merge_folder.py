@@ -1,0 +1,121 @@
+"""`prune` with a merge: the folder, its record, and its verification."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import reap2gguf
+from reap2gguf.building.bundling import bundle
+from reap2gguf.errors import OutputError, UsageError
+from reap2gguf.merging.folder import MergeFolder
+from reap2gguf.options import BundleOptions, CalibrationOptions, ComputeOptions
+from reap2gguf.progress import Silent
+from reap2gguf.pruning.write import KEPT_FILE
+from tests.building.builds import PROSE
+from tests.tiny import TinyQwen3Moe
+
+CALIBRATION = CalibrationOptions(str(PROSE), samples=12, max_length=64)
+CPU = ComputeOptions(device="cpu")
+MERGE: dict[str, Any] = {"keep_experts": 4, "calibration": CALIBRATION, "compute": CPU}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return TinyQwen3Moe().write(tmp_path_factory.mktemp("merge") / "tiny")
+
+
+def prune(model: Path, output: Path, method: str = "ream", **changes: Any) -> dict[str, bytes]:
+    """Every file of a folder that `prune` writes."""
+    reap2gguf.prune(model, None, output, method=method, **{**MERGE, **changes})
+    return {file.name: file.read_bytes() for file in output.iterdir()}
+
+
+def test_a_merged_folder_is_verified_by_its_record(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "merged"
+    files = prune(model, output)
+    values = json.loads(files[KEPT_FILE])
+    record = values["merge"]
+    assert (record["method"], record["group_size"]) == ("ream", 16)
+    groups = record["layers"]["1"]["groups"]
+    assert [group[0] for group in groups] == values["kept_experts"]["1"]
+    assert b"merged into some of these" in files["README.md"]
+    report = reap2gguf.verify(output, source=str(model))
+    assert not report.violations
+    assert any("merge of the experts is not computed again" in n for n in report.not_checked)
+    whole: Any = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    assert whole.config.num_experts == 4
+    assert torch.isfinite(whole(torch.arange(12)[None]).logits).all()
+    number = next(n for n, group in enumerate(groups) if len(group) > 1)
+    for part, problem in (
+        (f"experts.{number}.up_proj", "is not what the merge gave"),
+        ("self_attn.q_proj", "differs"),
+    ):
+        tensors = load_file(output / "model.safetensors")
+        name = f"model.layers.1.{'mlp.' if 'experts' in part else ''}{part}.weight"
+        tensors[name][0, 0] += 1
+        save_file(tensors, output / "model.safetensors", {"format": "pt"})
+        violations = reap2gguf.verify(output, source=str(model)).violations
+        assert any(problem in line for line in violations), violations
+        (output / "model.safetensors").write_bytes(files["model.safetensors"])
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_an_interrupted_merge_goes_on_to_the_same_bytes(
+    layer: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "whole").mkdir()
+    whole = prune(model, tmp_path / "whole" / "merged", "hc_smoe")
+    save = MergeFolder.save
+
+    def stop(self: MergeFolder, index: int, *rest: Any) -> Any:
+        if index == layer:
+            raise KeyboardInterrupt
+        return save(self, index, *rest)
+
+    output = tmp_path / "merged"
+    with monkeypatch.context() as patch:
+        patch.setattr(MergeFolder, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prune(model, output, "hc_smoe")
+    assert not output.exists()
+    assert prune(model, output, "hc_smoe") == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "whole"]
+
+
+def test_the_experts_of_a_merge_are_a_list_that_prune_takes(model: Path, tmp_path: Path) -> None:
+    files = prune(model, tmp_path / "merged")
+    again = tmp_path / "again"
+    reap2gguf.prune(model, None, again, kept=tmp_path / "merged" / KEPT_FILE)
+    found = json.loads((again / KEPT_FILE).read_text())
+    assert found["kept_experts"] == json.loads(files[KEPT_FILE])["kept_experts"]
+    assert "merge" not in found
+
+
+def test_what_cannot_be_merged_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nothing to merge"):
+        prune(model, tmp_path / "all", keep_experts=8)
+    with pytest.raises(UsageError, match="group_size is 1, expected a whole number from 2"):
+        prune(model, tmp_path / "one", group_size=1)
+    with pytest.raises(UsageError, match="gives experts new weights itself"):
+        prune(model, tmp_path / "both", repair="ridge")
+    with pytest.raises(UsageError, match="`reap2gguf prune --method ream`"):
+        reap2gguf.select(model, method="ream", keep_experts=4)
+    with pytest.raises(UsageError, match="--observations were given"):
+        reap2gguf.prune(model, tmp_path / "seen", tmp_path / "out", method="ream", **MERGE)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(OutputError, match="exists already"):
+        prune(model, tmp_path / "there")
+
+
+def test_a_merged_folder_is_no_part_of_a_bundle(model: Path, tmp_path: Path) -> None:
+    prune(model, tmp_path / "merged")
+    asked = BundleOptions(tmp_path / "merged", (tmp_path / "some.gguf",), source=str(model))
+    with pytest.raises(UsageError, match=r"were merged, .* `reap2gguf build --method ream`"):
+        bundle(asked, Silent())
