@@ -38,6 +38,7 @@ class Model:
             output,
             imatrix=self.imatrix,
             threads=1,
+            sensitivity="table",
             **target,  # type: ignore[arg-type]
         )
 
