@@ -276,6 +276,7 @@ def main() -> None:
     parser.add_argument("--drop", type=int, nargs="+", default=[4, 8, 10])
     parser.add_argument("--main-only", type=int, nargs="*", default=[])
     parser.add_argument("--methods", nargs="*", default=[])
+    parser.add_argument("--runs", type=int, help="of the subsets; all of them by default")
     parser.add_argument("--subsets", type=int, default=3)
     parser.add_argument("--chunks", type=int, default=64)
     parser.add_argument("--device", default="cpu")
@@ -288,7 +289,7 @@ def main() -> None:
             opened = OpenVariants(stack, Silent())
             opened.source(model)
             bench = Bench(opened.variants[0], Tokenizer(Path(model)), arguments, compute)
-            measured = [bench.run(subset) for subset in range(arguments.subsets)]
+            measured = [bench.run(number) for number in range(arguments.runs or arguments.subsets)]
         base = ", ".join(f"{text} {measured[0].base[text]:.3f}" for text in TEXTS)
         print(f"\n{Path(model).name}: perplexity of the source: {base}")
         for drop in arguments.drop:

@@ -27,7 +27,7 @@ from reap2gguf.calibration.spec import shipped_mixes
 from reap2gguf.choosing.names import AUTO
 from reap2gguf.cli import cli
 from reap2gguf.models.table import ARCHITECTURES
-from reap2gguf.pruning.methods import FROM_WEIGHTS, OBSERVED
+from reap2gguf.pruning.methods import FROM_WEIGHTS, MERGING, OBSERVED
 from reap2gguf.quantizing.kernels.compiling import SOURCE
 from reap2gguf.quantizing.kernels.gpu_kernels import FORMS
 from reap2gguf.quantizing.recipe import load_recipe, parse_recipe, shipped_recipes
@@ -151,13 +151,17 @@ def test_the_tables_of_methods_are_those_of_the_program() -> None:
     (method,) = (option for option in cli.commands["build"].params if option.name == "method")
     assert isinstance(method.type, click.Choice)
     text = (DOCS / "pruning-methods.md").read_text()
-    observed, by_weights = text.split("## Weights alone")
-    listed = first_cells(observed, "`--method`"), first_cells(by_weights, "`--method`")
-    assert sorted([*listed[0], *listed[1], AUTO]) == sorted(method.type.choices)
+    observed, others = text.split("## Weights alone")
+    by_weights, merging = others.split("## Merging")
+    parts = observed, by_weights, merging
+    listed = [first_cells(part, "`--method`") for part in parts]
+    every = [name for part in listed for name in part]
+    assert sorted([*every, AUTO]) == sorted(method.type.choices)
     rows = re.findall(r"^\| `(\w+)` \| (\d) \| (\d) \| ([\d.]+) \|", observed, re.MULTILINE)
     formulas = {name: (one.gate, one.norm, one.per) for name, one in OBSERVED.items()}
     assert {name: (int(a), int(b), float(p)) for name, a, b, p in rows} == formulas
     assert set(listed[1]) == set(FROM_WEIGHTS)
+    assert set(listed[2]) == set(MERGING)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)

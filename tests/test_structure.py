@@ -27,6 +27,16 @@ MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 
 # Modules without a test file of their own name: the file that tests them, why there, and which.
 COVERED_BY = [
+    (
+        "models/test_qwen_vision.py",
+        "settings of images in one file or two",
+        ("models/image_settings.py",),
+    ),
+    (
+        "tokenizer/test_sentencepiece.py",
+        "vocabularies of characters that are broken",
+        ("tokenizer/character_bpe.py",),
+    ),
     ("quantizing/ik/test_workers.py", "the program that they run", ("quantizing/ik/worker.py",)),
     (
         "building/test_fit_stage.py",
@@ -76,7 +86,10 @@ COVERED_BY = [
     (
         "merging/test_sweep.py",
         "whole merges",
-        ("merging/budget.py", "merging/capture.py", "merging/layer.py", "observing/narrowed.py"),
+        (
+            *("merging/budget.py", "merging/capture.py", "merging/layer.py"),
+            *("merging/room.py", "observing/narrowed.py"),
+        ),
     ),
     ("merging/test_alignment.py", "sums over tokens too", ("merging/statistics.py",)),
     ("merging/test_grouping.py", "groups are what a layer keeps", ("merging/merge.py",)),
@@ -195,7 +208,8 @@ COVERED_BY = [
         "building/test_prune_gguf.py",
         "the parts of a pruned file, compared with what pruned safetensors give",
         (
-            "gguf_source/checking.py", "gguf_source/header.py", "gguf_source/slices.py",
+            "gguf_source/checking.py", "gguf_source/header.py", "gguf_source/inspection.py",
+            "gguf_source/slices.py",
             "gguf_source/writing.py", "verifying/sliced.py",
         ),
     ),

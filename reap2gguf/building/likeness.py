@@ -79,14 +79,13 @@ class Likeness:
     def _model(self) -> str | None:
         """The source on the Hub, at its commit; None for a local folder."""
         source = self.manifest.source
-        if "/" in source.label and source.revision:
-            file = "" if source.gguf is None else f":{source.gguf.file.rpartition(':')[2]}"
-            return f"{source.label}@{source.revision}{file}"
+        if "/" in source.label:
+            return source.at_commit
         return None
 
     @property
     def recipes(self) -> tuple[str | RecipeText, ...]:
-        """The recipe of every GGUF file, with its label; none is named if it was sliced."""
+        """The recipe of every GGUF file, with its label; where it was sliced, none is named."""
         if self.manifest.source.gguf is not None and self.manifest.gguf[0].adopted:
             return DEFAULT_RECIPES
         return tuple(

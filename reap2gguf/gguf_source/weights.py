@@ -157,7 +157,10 @@ class GgufWeights(Weights):
                 raise ArtifactError(
                     f"{where} is {info.tensor_type.name}, which is not a type for weights"
                 )
-            found.update(slab.stored for slab in tensor.slabs)
+            if tensor.made is None:
+                found.update(slab.stored for slab in tensor.slabs)
+            else:
+                self._check_made(tensor)
         if unknown := sorted(infos.keys() - {tensor.name for tensor in expected}):
             raise ArtifactError(
                 f"{self._header.path}: holds {shown(unknown[0])}, which the model of this config "
@@ -165,10 +168,26 @@ class GgufWeights(Weights):
             )
         return found
 
+    def _check_made(self, tensor: GgufTensor) -> None:
+        """Refuse other values than those that follow from the config: transformers has these."""
+        info = self._header.tensors[tensor.name]
+        raw = self._header.read(info.name, 0, prod(tensor.shape[:-1]))
+        found = self._quantizer.dequantize(raw, info.tensor_type).reshape(-1)
+        different = np.flatnonzero(found != np.array(tensor.made, np.float32))
+        if len(different):
+            first = int(different[0])
+            raise ArtifactError(
+                f"{self._header.path}: tensor {shown(tensor.name)} has {found[first]:g} as value "
+                f"{first}, expected {(tensor.made or ())[first]:g} by {tensor.slabs[0].stored}; it "
+                "is of another model, or of another converter"
+            )
+
     def _find_pieces(self) -> dict[tuple[str, int], list[_Piece]]:
         """By stored tensor and entry on axis 0 (0 for a matrix), what its values are in."""
         found: dict[tuple[str, int], list[_Piece]] = {}
         for tensor in self.model.gguf_tensors(self.tensors):
+            if tensor.made is not None:
+                continue
             for matrix, slab in enumerate(tensor.slabs):
                 pieces = found.setdefault((slab.stored, slab.index or 0), [])
                 pieces.append(_Piece(tensor, matrix, slab))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from reap2gguf.errors import ObservationError
+from reap2gguf.merging.room import SAMPLES
 from reap2gguf.merging.statistics import Entering, Sums
 from reap2gguf.observing.compute.kernels import finite_rows
 from reap2gguf.observing.saliency import SaliencyObserver
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from reap2gguf.observing.decoder import StreamedDecoder
     from reap2gguf.observing.spool import Spool
     from reap2gguf.repairing.features import Map
-
-SAMPLES = 2**15  # tokens on which neurons are compared, at most: as REAM's authors have it
 
 
 @dataclass

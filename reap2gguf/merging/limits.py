@@ -8,7 +8,7 @@ from reap2gguf.errors import UnsupportedModelError, UsageError
 from reap2gguf.machine import processes
 
 if TYPE_CHECKING:
-    from reap2gguf.checkpoint.weights import Weights
+    from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.pruning.protection import ProtectedExperts, Protection
     from reap2gguf.pruning.select import Target
@@ -33,6 +33,11 @@ def check_mergeable(model: MoeModel, method: str) -> None:
             f"{name}: --method {method} is not defined for experts that transformers keeps in the "
             "layout they are stored in; choose a --method that removes experts"
         )
+    if model.scales_experts:
+        raise UnsupportedModelError(
+            f"{name}: --method {method} is not defined for experts that the router gives a factor "
+            "each, and that see other inputs than it; choose a --method that removes experts"
+        )
     if not merged_layers(model):
         raise UnsupportedModelError(
             f"{name}: only the multi-token-prediction block has experts, and --method {method} "
@@ -45,7 +50,7 @@ def check_mergeable(model: MoeModel, method: str) -> None:
 
 
 def check_merge(
-    weights: Weights,
+    weights: Checkpoint,
     model: MoeModel,
     method: str,
     target: Target,
@@ -65,6 +70,11 @@ def check_merge(
             "or keep fewer with --keep-experts or --compression"
         )
     check_mergeable(model, method)
+    if weights.gguf is not None:
+        raise UsageError(
+            f"--method {method}: the model is a GGUF file, and merged experts cannot be stored "
+            "among its blocks; pass the safetensors that it was made from"
+        )
     projections = model.expert_tensors(merged_layers(model)[0], weights.tensors)
     if model.facts.latent_width or set(projections) != {"gate", "up", "down"}:
         raise UnsupportedModelError(

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from reap2gguf.merging.room import COSINE_BYTES, LEAST_COMPARED, PIECE, token_bytes
+
 if TYPE_CHECKING:
     from reap2gguf.repairing.features import Map, ModuleExperts
 
-PIECE = 4096  # tokens whose activations an expert computes at once
-COSINE_BYTES = 2**28  # of the outputs of all experts, for the tokens that are compared at once
+_MOST_COMPARED = 1024  # tokens
 _EPS = 1e-8
 
 
@@ -110,7 +111,8 @@ class TtmSums:
 
     def add(self, entering: Entering, experts: ModuleExperts, each: Map) -> None:
         count, hidden = experts.n_experts, entering.inputs.shape[1]
-        step = max(16, min(1024, COSINE_BYTES // (4 * count * (hidden + 4 * count))))
+        step = min(_MOST_COMPARED, COSINE_BYTES // token_bytes(count, hidden))
+        step = max(LEAST_COMPARED, step)
         for first in range(0, len(entering.inputs), step):
             part = entering.piece(first, step)
             outputs = torch.stack(list(each(_Unit(experts, part.inputs), range(count))))

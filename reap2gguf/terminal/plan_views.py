@@ -19,6 +19,7 @@ from reap2gguf.pruning.select import friendly_count, is_fused
 from reap2gguf.terminal.imatrix_views import expert_lines
 from reap2gguf.terminal.plan_advice import (
     choice_lines,
+    copied_lines,
     coverage_as_json,
     coverage_lines,
     covered_experts,
@@ -185,7 +186,7 @@ def _files(plan: Plan, with_tensors: bool) -> Iterator[str]:
             continue
         bits = f"{recipe.file_type}, {recipe.bits_per_weight:.2f} bits per weight: "
         yield from _wrapped(bits + _types(recipe), "    ")
-        for line in odd_row_lines(recipe):
+        for line in (*odd_row_lines(recipe), *copied_lines(recipe)):
             yield from _wrapped(line, "    ")
         if with_tensors:
             yield from _type_lines(recipe)

@@ -17,7 +17,8 @@ from reap2gguf.merging.alignment import (
     principal_components,
     weight_costs,
 )
-from reap2gguf.merging.statistics import PIECE, Entering, ReamSums, TtmSums
+from reap2gguf.merging.room import PIECE
+from reap2gguf.merging.statistics import Entering, ReamSums, TtmSums
 
 COUNT, WIDTH, HIDDEN = 4, 12, 40  # 120 weights of a neuron: more than there are components
 

@@ -12,10 +12,10 @@ from reap2gguf.building.needs.disk import DiskNeeds, disk_needs
 from reap2gguf.building.needs.machine import Machine, this_machine
 from reap2gguf.building.needs.memory import (
     SweepNeeds,
+    change_needs,
     choosing_needs,
     evaluation_needs,
     peak_ram,
-    repair_needs,
     sweep_needs,
 )
 from reap2gguf.building.needs.rented import H100, as_gpu, gpu_factor, rented_machine
@@ -78,7 +78,7 @@ class Estimate:
     sweeps: SweepNeeds
     evaluation: SweepNeeds | None  # of the stage that measures quality; None: it is left out
     choosing: SweepNeeds | None  # of the one that chooses a method; None: it was named
-    repairing: SweepNeeds | None  # None: nothing is repaired
+    repairing: SweepNeeds | None  # or merging; None: experts get no new weights
     disk: DiskNeeds
     reused: Reused
     has_device: bool = True  # whether the GPU that the figures are for is there
@@ -200,7 +200,8 @@ class Estimate:
                 way = "pass a number as --compression"
             found.append(f"{self.choosing.problem}; or {way}")
         elif self.repairing is not None and self.repairing.problem:
-            found.append(f"{self.repairing.problem}; or pass --repair scale, or none")
+            way = "choose another --method" if self.plan.merges else "pass --repair scale, or none"
+            found.append(f"{self.repairing.problem}; or {way}")
         elif self.evaluation is not None and self.evaluation.problem:
             found.append(f"{self.evaluation.problem}; or pass --evaluate never")
         return [*found, *self._disk_problems()]
@@ -334,10 +335,11 @@ def _rented(plan: Plan, sizes: Sizes, amount: Amount, gpu: str) -> Estimate:
 def _needs(
     plan: Plan, sizes: Sizes, amount: Amount, machine: Machine
 ) -> tuple[SweepNeeds, SweepNeeds | None, SweepNeeds | None, SweepNeeds | None, DiskNeeds]:
-    """What the passes take, what measuring quality, choosing and repairing take, and the disk."""
+    """What the passes take, what measuring quality, choosing and repairing (or merging) take, and
+    the disk."""
     sweeps = sweep_needs(plan, sizes, amount, machine)
     evaluation = evaluation_needs(plan, sizes, planned_chunks(plan, amount), machine)
     choosing = choosing_needs(plan, sizes, amount, machine)
-    repairing = repair_needs(plan, sizes, amount, machine)
+    repairing = change_needs(plan, sizes, amount, machine)
     others = evaluation, choosing, repairing
     return sweeps, *others, disk_needs(plan, amount, sweeps, *others)

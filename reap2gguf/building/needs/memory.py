@@ -16,6 +16,7 @@ from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import UsageError
 from reap2gguf.evaluating.head_cut import Cut, HeadShape
 from reap2gguf.machine import processes
+from reap2gguf.merging.room import merge_need
 from reap2gguf.observing.budget import (
     CONTEXT_BYTES,
     Budget,
@@ -131,13 +132,25 @@ def choosing_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -
     return _fitted(plan, need, kind, machine, n_here, heads)
 
 
-def repair_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> SweepNeeds | None:
-    """What a repair takes, whose pass has both sides of a layer and its normal equations.
+def change_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> SweepNeeds | None:
+    """What a repair or a merge takes; None if the build has neither. One process computes it."""
+    if plan.merges:
+        return _merge_needs(plan, sizes, amount, machine)
+    return _repair_needs(plan, sizes, amount, machine) if plan.repairs else None
 
-    None if nothing is repaired. One process computes it.
-    """
-    if not plan.repairs:
-        return None
+
+def _merge_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> SweepNeeds:
+    """Of a pass whose layers are the source's, with what experts are compared by."""
+    kind = _kind(plan, sizes, machine, 1)
+    layers = sizes.layers(kind.itemsize, kind.on_gpu)
+    embedding = plan.checkpoint.tensors[plan.model.embedding_name].n_elements * kind.itemsize
+    need = kind.need(layers, embedding, amount.n_tokens, amount.longest_row)
+    how = plan.method, plan.group_size, kind.n_threads, kind.itemsize
+    return _fitted(plan, merge_need(need, plan.model.facts, *how), kind, machine, 1)
+
+
+def _repair_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> SweepNeeds:
+    """Of a pass that has both sides of a layer and its normal equations."""
     kind, on_gpu = _kind(plan, sizes, machine, 1), machine.device == "cuda"
     facts, layers = plan.pruned.model.facts, sizes.layers(kind.itemsize, on_gpu)
     model, tensors = plan.pruned.model, plan.pruned.tensors

@@ -12,9 +12,9 @@ from reap2gguf.building.needs.amount import most_of
 from reap2gguf.building.needs.disk import DiskNeeds, disk_needs
 from reap2gguf.building.needs.machine import this_machine
 from reap2gguf.building.needs.memory import (
+    change_needs,
     choosing_needs,
     evaluation_needs,
-    repair_needs,
     sweep_needs,
 )
 from reap2gguf.building.needs.scoring import planned_chunks
@@ -49,7 +49,7 @@ def room_needs(plan: Plan) -> DiskNeeds:
     sweeps = sweep_needs(plan, sizes, amount, machine)
     evaluation = evaluation_needs(plan, sizes, n_chunks, machine)
     choosing = choosing_needs(plan, sizes, amount, machine)
-    repairing = repair_needs(plan, sizes, amount, machine)
+    repairing = change_needs(plan, sizes, amount, machine)
     return disk_needs(plan, amount, sweeps, evaluation, choosing, repairing)
 
 
