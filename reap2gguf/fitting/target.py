@@ -9,7 +9,7 @@ from reap2gguf.messages import size
 
 DEFAULT_CONTEXT = 8192
 TABLE, MEASURED = SENSITIVITIES = ("table", "measured")  # how errors of tensors are weighed
-DEFAULT_SENSITIVITY = TABLE
+DEFAULT_SENSITIVITY = MEASURED
 PROBE_CHUNK, PROBE_CHUNKS = 512, 8  # tokens of the rows that "measured" takes, and their number
 PROBE_TOKENS = PROBE_CHUNK * PROBE_CHUNKS
 MOST_BITS = 16.0

@@ -26,6 +26,7 @@ def options(model: Path, output: Path, **changes: Any) -> BuildOptions:
         "calibration": CalibrationOptions(str(PROSE), samples=4, max_length=128),
         "chunk": 128,
         "compute": ComputeOptions(device="cpu"),
+        "sensitivity": "table",  # as measured takes a sweep of dozens of variants
     }
     return BuildOptions(**values | changes)
 

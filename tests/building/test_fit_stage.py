@@ -88,6 +88,7 @@ def test_types_are_those_of_recipes_fit(made: Made, tmp_path: Path) -> None:
         tmp_path / "x.toml",
         imatrix=made.result.gguf_folder / "imatrix.gguf",
         target_bpw=record.bits_per_weight + 1e-4,
+        sensitivity="table",
     )
     assert found.tensor_types == dict(record.tensors)
 

@@ -40,6 +40,7 @@ class Model:
             output,
             imatrix=self.imatrix,
             threads=1,
+            sensitivity="table",
             **target,  # type: ignore[arg-type]
         )
 
