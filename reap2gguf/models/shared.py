@@ -415,8 +415,4 @@ class DecoderModel(MoeModel):
         return found
 
     def expert_matrices(self, layer: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        blk = f"blk.{layer}.ffn_"
-        fed_by_inputs = tuple(
-            f"{blk}{projection}_exps.weight" for projection in self.experts.inputs
-        )
-        return fed_by_inputs, (f"{blk}down_exps.weight",)
+        return self.experts.matrices(layer)
