@@ -64,10 +64,10 @@ class ExpertLayout:
         return "gate_up" in self.projections
 
     def matrices(self, layer: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """GGUF names of the matrices that multiply a layer's inputs, and its activations."""
+        """The GGUF tensors that the experts' input feeds, and those that activations feed."""
         blk = f"blk.{layer}.ffn_"
-        inputs = tuple(f"{blk}{projection}_exps.weight" for projection in self.inputs)
-        return inputs, (f"{blk}down_exps.weight",)
+        fed_by_inputs = tuple(f"{blk}{projection}_exps.weight" for projection in self.inputs)
+        return fed_by_inputs, (f"{blk}down_exps.weight",)
 
     @property
     def _path_apart(self) -> str:

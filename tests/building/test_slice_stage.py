@@ -256,5 +256,5 @@ def test_a_bundle_is_evaluated_beside_its_source(made: Path, sliced: Path) -> No
     )
     kinds = {variant.name: variant.kind for variant in found.variants}
     assert kinds == {"source": "source", f"{NAME}-Q4_K_M.gguf": "gguf"}
-    (divergence,) = found.divergences
-    assert (divergence.reference, divergence.variant) == ("source", f"{NAME}-Q4_K_M.gguf")
+    (one,) = found.comparisons
+    assert (one.reference, one.variant) == ("source", f"{NAME}-Q4_K_M.gguf")
