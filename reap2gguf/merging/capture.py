@@ -64,15 +64,17 @@ def capture(
     found, every = Captured(experts, None, 0), max(1, -(-total // SAMPLES))  # type: ignore[arg-type]
     observer = SaliencyObserver(decoder.model)
     observer.use(decoder.device)
-    with closing(Tap(experts.module, option=option)) as tap:
+    block = module.get_submodule(path.rpartition(".")[0])
+    with closing(Tap(experts.module, block, option)) as tap:
         observer.attach(index, module)
         for number, batch in enumerate(batches):
             following = batches[number + 1].span if number + 1 < len(batches) else None
             hidden = waiting.load(batch.span, following)
             if not _runs(decoder, index, batch, hidden, observer):
+                tap.take_entering()
                 tap.take()
                 continue
-            entering = _real(batch, *tap.take()[:2])
+            entering = _real(batch, tap.take_entering().flatten(0, 1), *tap.take()[:2])
             sums.add(entering, experts, each)
             found.samples.append(entering.inputs[_sampled(batch, every, decoder.device)])
             found.n_tokens += len(entering.inputs)
@@ -101,11 +103,11 @@ def _runs(
     return bool(good)
 
 
-def _real(batch: Batch, inputs: Tensor, index: Tensor) -> Entering:
+def _real(batch: Batch, routed: Tensor, inputs: Tensor, index: Tensor) -> Entering:
     real = batch.real(inputs.device)
     if real is None:
-        return Entering(inputs, index)
-    return Entering(inputs[real.positions], index[real.positions])
+        return Entering(routed, inputs, index)
+    return Entering(*(one[real.positions] for one in (routed, inputs, index)))
 
 
 def _sampled(batch: Batch, every: int, device: torch.device) -> Tensor:
