@@ -139,10 +139,10 @@ def _tensors(read: ConfigReader, text_hidden: int) -> dict[str, tuple[GgufTensor
 
     first = f"{TOWER}patch_embedder.input_proj.weight"
     patches, flat = (hidden, 3, patch, patch), (hidden, 3 * patch**2)
+    turned = _channels_first(patch)
     made = GgufTensor(
-        "v.patch_embd.weight", patches, (Slab(first),), transform=_channels_first(patch),
-        needs_f16=True,
-    )  # fmt: skip
+        "v.patch_embd.weight", patches, (Slab(first),), transform=turned, needs_f16=True
+    )
     found[first] = made, flat
     table, axes = f"{TOWER}patch_embedder.position_embedding_table", (2, positions, hidden)
     made = GgufTensor(
