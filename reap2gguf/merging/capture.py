@@ -71,9 +71,10 @@ def capture(
             following = batches[number + 1].span if number + 1 < len(batches) else None
             hidden = waiting.load(batch.span, following)
             if not _runs(decoder, index, batch, hidden, observer):
-                tap.take(), tap.take_entering()
+                tap.take_entering()
+                tap.take()
                 continue
-            entering = _real(batch, *tap.take()[:2], tap.take_entering().flatten(0, -2))
+            entering = _real(batch, tap.take_entering().flatten(0, 1), *tap.take()[:2])
             sums.add(entering, experts, each)
             found.samples.append(entering.inputs[_sampled(batch, every, decoder.device)])
             found.n_tokens += len(entering.inputs)
@@ -102,11 +103,11 @@ def _runs(
     return bool(good)
 
 
-def _real(batch: Batch, inputs: Tensor, index: Tensor, routed: Tensor) -> Entering:
+def _real(batch: Batch, routed: Tensor, inputs: Tensor, index: Tensor) -> Entering:
     real = batch.real(inputs.device)
     if real is None:
-        return Entering(inputs, index, routed)
-    return Entering(*(values[real.positions] for values in (inputs, index, routed)))
+        return Entering(routed, inputs, index)
+    return Entering(*(one[real.positions] for one in (routed, inputs, index)))
 
 
 def _sampled(batch: Batch, every: int, device: torch.device) -> Tensor:

@@ -75,12 +75,6 @@ def check_merge(
             f"--method {method}: the model is a GGUF file, and merged experts cannot be stored "
             "among its blocks; pass the safetensors that it was made from"
         )
-    projections = model.expert_tensors(merged_layers(model)[0], weights.tensors)
-    if model.facts.latent_width or set(projections) != {"gate", "up", "down"}:
-        raise UnsupportedModelError(
-            f"{model.facts.architecture}: --method {method} is not defined for experts without a "
-            "gate, or that work on a narrower latent; choose a --method that removes experts"
-        )
     if weights.stored is not weights:
         raise UsageError(
             f"--method {method}: the weights are quantized, and merged ones cannot be stored among "

@@ -28,14 +28,14 @@ _EPS = 1e-8
 class Entering:
     """What enters the experts of a layer: tokens without padding, and where they are routed."""
 
-    inputs: Tensor  # (n, H), or of a latent that is made of `routed`
+    routed: Tensor  # (n, H), what enters the router
+    inputs: Tensor  # (n, H), or (n, L) where the block makes a latent for its experts
     index: Tensor  # (n, K), experts
-    routed: Tensor  # (n, H), what the router multiplies
 
     def piece(self, first: int, count: int) -> Entering:
         """`count` tokens from the `first` one."""
         part = slice(first, first + count)
-        return Entering(self.inputs[part], self.index[part], self.routed[part])
+        return Entering(self.routed[part], self.inputs[part], self.index[part])
 
 
 class Sums(Protocol):
@@ -65,8 +65,8 @@ class ReamSums:
 
     def add(self, entering: Entering, experts: ModuleExperts, each: Map) -> None:
         for first in range(0, len(entering.inputs), PIECE):
-            part = entering.piece(first, PIECE)
-            inputs, logits = part.inputs, linear(part.routed.float(), self.router)
+            inputs = entering.inputs[first : first + PIECE]
+            logits = linear(entering.routed[first : first + PIECE].float(), self.router)
             self.logits_gram += logits.double().T @ logits.double()
             gates = torch.softmax(logits, dim=-1).double()  # (n, E)
             for expert, found in enumerate(

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import reap2gguf
+from reap2gguf.building.bundle_options import BundleOptions
 from reap2gguf.building.bundling import bundle
 from reap2gguf.errors import OutputError, UsageError
 from reap2gguf.merging.folder import MergeFolder
-from reap2gguf.options import BundleOptions, CalibrationOptions, ComputeOptions
+from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.write import KEPT_FILE
 from tests.building.builds import PROSE

@@ -96,7 +96,7 @@ def test_sums_do_not_depend_on_how_tokens_are_cut() -> None:
     index = torch.randint(0, COUNT, (len(inputs), 2))
     whole, parts = (ReamSums.zeros(router, WIDTH) for _ in range(2))
     ttm, ttm_parts = (TtmSums.zeros(COUNT, torch.device("cpu")) for _ in range(2))
-    entering = Entering(inputs, index, inputs)
+    entering = Entering(inputs, inputs, index)
     for sums in (whole, ttm):
         sums.add(entering, found, map)
     for sums in (parts, ttm_parts):

@@ -16,7 +16,6 @@ from reap2gguf.merging.limits import check_merge, check_mergeable, merged_layers
 from reap2gguf.models.table import describe
 from reap2gguf.pruning.protection import Protection, read_pinned
 from reap2gguf.pruning.select import choose_target
-from tests.families import nemotron
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 
@@ -85,12 +84,3 @@ def test_the_experts_that_are_protected(tmp_path: Path) -> None:
         assert found.all == {1: (5,)}
         with pytest.raises(UsageError, match="reads none"):
             check_merge(checkpoint, model, "ream", target, Protection((), True), 16)
-
-
-def test_experts_without_a_gate_are_refused(tmp_path: Path) -> None:
-    folder = nemotron.NANO.write(tmp_path / "model")
-    with Checkpoint.open(folder) as checkpoint:
-        model = describe(checkpoint)
-        target = choose_target(model.facts, model.facts.n_experts // 2, None)
-        with pytest.raises(UnsupportedModelError, match="experts without a gate"):
-            check_merge(checkpoint, model, "ream", target, Protection(), 16)
