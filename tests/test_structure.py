@@ -28,6 +28,11 @@ MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 # Modules without a test file of their own name: the file that tests them, why there, and which.
 COVERED_BY = [
     (
+        "models/test_qwen_vision.py",
+        "settings of images in one file or two",
+        ("models/image_settings.py",),
+    ),
+    (
         "tokenizer/test_sentencepiece.py",
         "vocabularies of characters that are broken",
         ("tokenizer/character_bpe.py",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from shapes.common import Shapes, projections
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-# a tower of the published sizes; its tensors are carried as they are
+# sizes of a tower of this kind, not those of a published header
 VISION = {
     "head_dim": 72, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152,
     "intermediate_size": 4304, "model_type": "gemma4_vision", "num_attention_heads": 16,

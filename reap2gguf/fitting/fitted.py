@@ -95,7 +95,10 @@ class Problem:
             block, n_bytes = GGML_QUANT_SIZES[one]
             of_type[one.name] = 2.0 ** (-16 * n_bytes / block)
         return {
-            tensor.name: {one.name: of_type[one.name] for one in self.types_for(tensor, types)}
+            tensor.name: {
+                one.name: 0.0 if tensor.is_copied_as(one) else of_type[one.name]
+                for one in self.types_for(tensor, types)
+            }
             for tensor in self.to_measure()
         }
 
@@ -142,7 +145,8 @@ def fit(
     is too small, and RecipeError if the types do not fit into rules.
     """
     free = problem.free
-    columns = [*types, *sorted({*problem.fixed.values()} - {*types})]
+    kept = {tensor.block_type for tensor in free if tensor.block_type is not None}
+    columns = [*types, *sorted({*problem.fixed.values(), *kept} - {*types})]
     if weights is None:
         weights = sensitivities(tensor.name for tensor in free)
     shape = len(free), len(columns)

@@ -74,6 +74,8 @@ def probes_of(problem: Problem, facts: ModelFacts) -> list[Probe]:
         fitting = problem.types_for(tensor, _TYPES)
         if not fitting or (layer is not None and layer >= facts.n_layers):
             continue
+        if tensor.is_copied_as(fitting[0]):
+            continue  # it has no smaller type, and that one loses nothing
         band = "" if layer is None else f"band {layer * BANDS // facts.n_layers} "
         found.setdefault(f"{band}{kind_of(tensor.name)}", {})[tensor.name] = fitting[0]
     return [Probe(name, types) for name, types in found.items()]

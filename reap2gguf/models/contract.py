@@ -172,6 +172,13 @@ class MoeModel(ABC):
         `norm`, and its decoder layer below `layer.`, or several below `layer.0.`, `layer.1.`.
         """
 
+    def joined(self, layer: int) -> Mapping[str, tuple[str, ...]]:
+        """That module's parameters that are several stored tensors, one after another on axis 0.
+
+        By transformers' name, what is stored below `block_prefix`, in its order.
+        """
+        return {}
+
     def is_computed_in_f32(self, layer: int, name: str) -> bool:
         """Whether a tensor stored below `block_prefix` is float32 whatever its module's type is."""
         return False

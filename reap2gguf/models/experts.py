@@ -63,6 +63,12 @@ class ExpertLayout:
         """Whether gate and up are one tensor in GGUF too, and experts are never one tensor each."""
         return "gate_up" in self.projections
 
+    def matrices(self, layer: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The GGUF tensors that the experts' input feeds, and those that activations feed."""
+        blk = f"blk.{layer}.ffn_"
+        fed_by_inputs = tuple(f"{blk}{projection}_exps.weight" for projection in self.inputs)
+        return fed_by_inputs, (f"{blk}down_exps.weight",)
+
     @property
     def _path_apart(self) -> str:
         return self.path_apart or self.path

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 WIDTH_KEY = "moe_intermediate_size"  # most configs' name of an expert's width
 CHOSEN_KEY = "num_experts_per_tok"  # and of the number of experts that a token goes through
+CONTEXT_KEY = "max_position_embeddings"  # and of the longest context
 DTYPE_KEYS = ("dtype", "torch_dtype")
+_NO_OTHERS: Mapping[str, Sequence[str]] = {}
 # what decides weights or logits in every family, and may not be null
 FACT_KEYS = (
     "vocab_size",
@@ -34,7 +36,7 @@ FACT_KEYS = (
     "num_key_value_heads",
     "head_dim",
     "hidden_act",
-    "max_position_embeddings",
+    CONTEXT_KEY,
     "rms_norm_eps",
     "attention_bias",
     WIDTH_KEY,
@@ -68,14 +70,16 @@ def read_facts(
     defaults: Mapping[str, int],
     width_key: str = WIDTH_KEY,
     chosen_key: str = CHOSEN_KEY,
+    spellings: Mapping[str, Sequence[str]] = _NO_OTHERS,
     **decided: Any,
 ) -> ModelFacts:
     """The facts that a text model's config states, and those that are `decided` elsewhere.
 
     `count_keys` are spellings of the number of experts, `defaults` transformers' values of absent
-    keys, `width_key` names an expert's width, `chosen_key` the experts per token. Raises
-    UnsupportedModelError for numbers out of range.
+    keys, `width_key` names an expert's width, `chosen_key` the experts per token; `spellings` are
+    others of that key and of the context's. Raises UnsupportedModelError for numbers out of range.
     """
+    chosen, context = ((*spellings.get(k, ()), k) for k in (chosen_key, CONTEXT_KEY))
     n_experts = read.integer(*count_keys, low=2, high=MAX_EXPERTS)
     hidden = read.integer("hidden_size", low=1, high=MAX_WIDTH)
     n_heads = read.integer("num_attention_heads", low=1, high=MAX_HEADS)
@@ -86,12 +90,12 @@ def read_facts(
         hidden_size=hidden,
         expert_width=read.integer(width_key, low=1, high=MAX_WIDTH),
         n_experts=n_experts,
-        experts_per_token=read.integer(chosen_key, low=1, high=n_experts),
+        experts_per_token=read.integer(*chosen, low=1, high=n_experts),
         n_heads=n_heads,
         n_kv_heads=read.integer("num_key_value_heads", low=1, high=MAX_HEADS, default=n_kv_heads),
         head_dim=read.integer("head_dim", low=1, high=MAX_WIDTH, default=head_dim),
         vocab_size=read.integer("vocab_size", low=1, high=MAX_VOCABULARY),
-        context_length=read.integer("max_position_embeddings", low=1),
+        context_length=read.integer(*context, low=1),
         **decided,
     )
 
@@ -106,7 +110,7 @@ def config_values(facts: ModelFacts, chosen_key: str = CHOSEN_KEY) -> dict[str, 
         "num_key_value_heads": facts.n_kv_heads,
         "head_dim": facts.head_dim,
         "vocab_size": facts.vocab_size,
-        "max_position_embeddings": facts.context_length,
+        CONTEXT_KEY: facts.context_length,
     }
 
 

@@ -5,7 +5,7 @@ alone is flat. All experts of a layer are two tensors (3D), and GGUF keeps gate 
 Layers with full attention have larger heads, fewer of them for keys, and take the keys as values.
 GGUF names, types and keys are those of llama.cpp's `gemma4`.
 
-The towers for images and sound stay in the safetensors: no projector is written.
+The vision tower stays in the safetensors as it is, and becomes llama.cpp's projector file.
 """
 
 from __future__ import annotations
@@ -30,14 +30,18 @@ from reap2gguf.models.gemma4_config import (
     read_ropes,
     read_types,
 )
+from reap2gguf.models.gemma_vision import gemma_projector, why_not_written
 from reap2gguf.models.layer_types import FULL
+from reap2gguf.models.qwen_vision import tower_caveats
 from reap2gguf.models.rules import ATTENTION, ATTN_NORM, DENSE_FFN, QK_NORMS, ROUTER, TensorRule
 from reap2gguf.models.shared import ARRAY, FLOAT32, UINT32, DecoderModel, Entry
 from reap2gguf.models.tying import TyingKeys
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from reap2gguf.checkpoint.safetensors_header import StoredTensor
-    from reap2gguf.models.description import ModelFacts
+    from reap2gguf.models.description import ModelFacts, SideFile
     from reap2gguf.models.gguf_keys import GgufKeys
     from reap2gguf.models.rope import Rope
 
@@ -269,10 +273,21 @@ class Gemma4(DecoderModel):
 
     def caveats(self) -> tuple[str, ...]:
         found = [*super().caveats()]
-        if any(name.startswith(self.carried_prefixes) for name in self.names):
+        found += tower_caveats(self.has_tower, bool(self.reader.section("vision_config")))
+        if self.has_tower and (why := why_not_written(self.reader, self.names)):
             found.append(
-                "GGUF files hold the text model alone: its projector (mmproj) is not written yet, "
-                "so images need the safetensors, or an mmproj file of the unpruned model, which "
-                "pruning does not change"
+                f"no projector file (mmproj) is written, because {why}: images need the "
+                "safetensors, or the mmproj file of the unpruned model, which pruning does not "
+                "change"
             )
         return tuple(found)
+
+    @property
+    def has_tower(self) -> bool:
+        """Whether the checkpoint holds a tower."""
+        return any(name.startswith(self.carried_prefixes) for name in self.names)
+
+    def side_files(self, folder: Path, stored: Mapping[str, StoredTensor]) -> tuple[SideFile, ...]:
+        if not self.has_tower or why_not_written(self.reader, self.names):
+            return ()
+        return (gemma_projector(self.reader, folder, stored, self.facts.hidden_size),)

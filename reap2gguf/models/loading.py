@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reap2gguf.models.transformers_config import transformers_config
+from reap2gguf.checkpoint.config import read_json
+from reap2gguf.models.transformers_config import config_of_known_type, transformers_config
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +58,19 @@ def whole_class(config: Mapping[str, Any]) -> Any:
     import transformers
 
     return getattr(transformers, classes_of(_architecture(config)).whole)
+
+
+def load_whole(folder: Path, **how: Any) -> Any:
+    """The model of a folder, weights included, loaded by its class; no code of it is run.
+
+    `how`: further arguments of `from_pretrained`. Raises whatever transformers raises.
+    """
+    values = read_json(folder / "config.json")
+    config = config_of_known_type(values)
+    if config is not None:
+        how["config"] = config
+    loader = whole_class(values)
+    return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **how)
 
 
 def text_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:

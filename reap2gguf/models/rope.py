@@ -24,6 +24,7 @@ _SCALINGS = {"linear": RopeScalingType.LINEAR, "yarn": RopeScalingType.YARN}
 _DEFAULT_THETA = 10_000.0  # transformers', of most configs without one
 _ORIGINAL = "original_max_position_embeddings"
 DEFAULT_SECTIONS = (11, 11, 10)  # transformers' `mrope_section` where the config has none
+NOTHING: Mapping[str, float] = {}
 # what llama.cpp computes YaRN with in these architectures, which read no key for it
 _FIXED = {
     "extrapolation_factor": (1.0, Keys.Rope.SCALING_YARN_EXT_FACTOR),
@@ -95,8 +96,8 @@ class Rope:
         if self.kind == "yarn":
             scaling.append((keys.SCALING_ORIG_CTX_LEN, self.original_length, GGUFValueType.UINT32))
             numbers += [
-                (gguf_key, value)
-                for key, (value, gguf_key) in _FIXED.items()
+                (gguf_key, float(self.values.values[key]))
+                for key, (_, gguf_key) in _FIXED.items()
                 if self.values.values.get(key)
             ]
             # llama.cpp multiplies its own factor by this key
@@ -111,12 +112,14 @@ def read_rope(
     default_share: float | None = None,
     default_theta: float = _DEFAULT_THETA,
     may_have_fractions: bool = False,
+    unread: Mapping[str, float] = NOTHING,
 ) -> Rope:
     """The rotary embedding of a text model's config.
 
     `default_share` is the `partial_rotary_factor` of a config without one, `default_theta` its
     `rope_theta`. With `may_have_fractions`, `truncate` may be false, although llama.cpp rounds the
-    range of YaRN to whole dimensions. Raises UnsupportedModelError for a scaling that is not none,
+    range of YaRN to whole dimensions. `unread` are settings of YaRN that a family has, though
+    llama.cpp reads no key for them. Raises UnsupportedModelError for a scaling that is not none,
     linear or yarn, for a setting that llama.cpp cannot express or that is not known, and for two
     settings that contradict each other.
     """
@@ -138,7 +141,7 @@ def read_rope(
     if kind == "linear":
         return Rope(kind, theta, factor, values)
     length = _original_length(read, values)
-    _refuse_inexpressible(values, may_have_fractions)
+    _refuse_inexpressible(values, may_have_fractions, unread)
     attention_factor = _attention_factor(values, factor)
     has_fractions = not values.boolean("truncate", default=True)
     return Rope(kind, theta, factor, values, length, attention_factor, has_fractions)
@@ -239,13 +242,15 @@ def _original_length(read: ConfigReader, values: ConfigReader) -> int:
     return read.integer("max_position_embeddings", low=1)  # transformers' default
 
 
-def _refuse_inexpressible(values: ConfigReader, may_have_fractions: bool) -> None:
-    """Refuse settings of YaRN that llama.cpp has no key for."""
+def _refuse_inexpressible(
+    values: ConfigReader, may_have_fractions: bool, unread: Mapping[str, float]
+) -> None:
+    """Refuse settings of YaRN that llama.cpp has no key for, and that are not the family's."""
     for key, (fixed, _) in _FIXED.items():
         found = values.values.get(key)
         # transformers takes its default for null, and for a beta of 0
         is_default = found is None or (key.startswith("beta") and found in (0, 0.0))
-        if not is_default and values.number(key) != fixed:
+        if not is_default and values.number(key) not in (fixed, unread.get(key)):
             raise UnsupportedModelError(
                 f"{values.where}: {key} is {shown(found)}, expected {fixed:g}: "
                 "llama.cpp computes YaRN with this in this architecture, and has no key for another"

@@ -54,6 +54,8 @@ from reap2gguf.models.rules import (
     ROTARY_BUFFER,
     MtpLayout,
     TensorRule,
+    fed_matrices,
+    joined_parameters,
     nested,
     single,
     sizes_of,
@@ -80,6 +82,7 @@ class DecoderModel(MoeModel):
     # the key of the activation of feed-forward layers, the only value, and what is computed by it
     activation: ClassVar[tuple[str, str, str]] = ("hidden_act", "silu", "SwiGLU")
     has_layer_sizes: ClassVar[bool] = False  # whether `per_layer_config` is read
+    spellings: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # others of that and of the context's
     fact_keys: ClassVar[tuple[str, ...]] = FACT_KEYS  # may not be null, and have one value
     # transformers' values of absent keys, where they are not those of most families
     defaults: ClassVar[Mapping[str, int]] = {}
@@ -174,6 +177,7 @@ class DecoderModel(MoeModel):
             self.defaults,
             self.width_key,
             self.chosen_key,
+            self.spellings,
             architecture=str(self.config["architectures"][0]),
             gguf_arch=self.gguf_arch,
             moe_layers=tuple(moe_layers),
@@ -241,9 +245,8 @@ class DecoderModel(MoeModel):
         return self.mtp is not None and name.startswith(self.mtp_prefix)
 
     def block_prefix(self, layer: int) -> str:
-        if layer == self.facts.mtp_layer:
-            return self.mtp_prefix
-        return f"{self.text_prefix}layers.{layer}."
+        is_mtp = layer == self.facts.mtp_layer
+        return self.mtp_prefix if is_mtp else f"{self.text_prefix}layers.{layer}."
 
     def layer_prefix(self, layer: int) -> str:
         """What the stored names of a decoder layer begin with, the MTP block's included."""
@@ -395,6 +398,9 @@ class DecoderModel(MoeModel):
         rule = self._in_blocks[layer].get(name)
         return name if rule is None else rule.in_module
 
+    def joined(self, layer: int) -> Mapping[str, tuple[str, ...]]:
+        return joined_parameters(self._all_rules[layer])
+
     def is_computed_in_f32(self, layer: int, name: str) -> bool:
         rule = self._in_blocks[layer].get(name)
         return rule is not None and rule.computed_in_f32
@@ -408,15 +414,7 @@ class DecoderModel(MoeModel):
         return inside + self.experts.module
 
     def matrices(self, layer: int) -> Mapping[str, tuple[str, ...]]:
-        found: dict[str, tuple[str, ...]] = {}
-        for rule in self._all_rules[layer]:
-            if (module := rule.fed_by) is not None:
-                found[module] = (*found.get(module, ()), f"blk.{layer}.{rule.gguf}")
-        return found
+        return fed_matrices(self._all_rules[layer], layer)
 
     def expert_matrices(self, layer: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        blk = f"blk.{layer}.ffn_"
-        fed_by_inputs = tuple(
-            f"{blk}{projection}_exps.weight" for projection in self.experts.inputs
-        )
-        return fed_by_inputs, (f"{blk}down_exps.weight",)
+        return self.experts.matrices(layer)

@@ -15,6 +15,7 @@ from reap2gguf.models.gemma4 import Gemma4
 from reap2gguf.models.glm4_moe import Glm4Moe
 from reap2gguf.models.gpt_oss import GptOss
 from reap2gguf.models.granite_moe import GraniteMoe, GraniteMoeShared
+from reap2gguf.models.kimi_linear import KimiLinear
 from reap2gguf.models.lfm2_moe import Lfm2Moe
 from reap2gguf.models.minimax_m2 import MiniMaxM2
 from reap2gguf.models.mixtral import Mixtral
@@ -41,6 +42,7 @@ ARCHITECTURES: dict[str, type[MoeModel]] = {
     "GptOssForCausalLM": GptOss,
     "GraniteMoeForCausalLM": GraniteMoe,
     "GraniteMoeSharedForCausalLM": GraniteMoeShared,
+    "KimiLinearForCausalLM": KimiLinear,
     "Lfm2MoeForCausalLM": Lfm2Moe,
     "MiniMaxM2ForCausalLM": MiniMaxM2,
     "MixtralForCausalLM": Mixtral,

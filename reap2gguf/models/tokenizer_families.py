@@ -92,6 +92,8 @@ class TokenizerFamily:
             llama.cpp's converter does for Llama and what it derives from it.
         sentencepiece: Whether they may also be SentencePiece models, which split no text.
         gemma: Whether they may also be such models with ranks of merges, as Gemma-4 has them.
+        end_by_name: Whether the end of a text is the `eos_token` of tokenizer_config.json, and not
+            the id in config.json, where the vocabulary is a file of ranks.
         may_overlap: Whether published ones have added tokens that overlap in a text, such as
             `]~b]` and `]!d~[`: their users are told of it, and others are refused.
     """
@@ -103,6 +105,7 @@ class TokenizerFamily:
     space_prefix: bool = False
     sentencepiece: bool = False
     gemma: bool = False
+    end_by_name: bool = False
     may_overlap: bool = False
 
 
@@ -132,7 +135,7 @@ _FAMILIES: Mapping[str, TokenizerFamily] = {
     "lfm2_moe": TokenizerFamily({LLAMA3_STEPS: "lfm2"}),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
-    "kimi_linear": TokenizerFamily({KIMI_STEPS: "kimi-k2"}),
+    "kimi_linear": TokenizerFamily({KIMI_STEPS: "kimi-k2"}, end_by_name=True),
     "ernie4_5_moe": TokenizerFamily({}, space_prefix=True, sentencepiece=True),
     "olmoe": TokenizerFamily({(GPT2_PATTERN,): "olmo"}),
     "granitemoe": _GRANITE,

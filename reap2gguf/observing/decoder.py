@@ -21,9 +21,11 @@ from reap2gguf.models.loading import text_model
 from reap2gguf.observing.compute.by_device import follow_devices
 from reap2gguf.observing.compute.convolution import fuse_convolutions
 from reap2gguf.observing.compute.crew import Crew
+from reap2gguf.observing.compute.delta_attention import save_memory
 from reap2gguf.observing.compute.experts import IMPLEMENTATION, register
 from reap2gguf.observing.compute.fused import Shapes, fuse
 from reap2gguf.observing.compute.kernels import has_triton
+from reap2gguf.observing.linear_attention import has_linear_attention
 from reap2gguf.observing.loader import Target, Tensors, WeightLoader, target_bytes
 from reap2gguf.observing.mtp import build_mtp, next_tokens
 from reap2gguf.observing.readers import Readers
@@ -82,6 +84,7 @@ class StreamedDecoder:
             self._layers.append(block)
         if device.type == "cpu":
             follow_devices(part for layer in self._layers for part in layer.modules())
+        save_memory(part for layer in self._layers for part in layer.modules())
         self._recorders = [
             Recorder(layer, is_last=i == count - 1) for i, layer in enumerate(self._layers[:count])
         ]
@@ -126,8 +129,8 @@ class StreamedDecoder:
 
     @property
     def has_linear_attention(self) -> bool:
-        """Whether any layer's attention is a Gated DeltaNet."""
-        return any(hasattr(layer, "linear_attn") for layer in self._layers)
+        """Whether any layer's attention is a Gated DeltaNet, or Kimi Delta Attention."""
+        return has_linear_attention(self.weights.tensors)
 
     @property
     def mtp_layer(self) -> int | None:

@@ -109,6 +109,8 @@ def add_tokenizer(
             special.add_special_token["bos"] = True
             special.special_token_ids["bos"] = before[0]
         special.special_token_ids |= _family_ids(special, family, pre, vocabulary.added, path)
+        if family.end_by_name and not has_file:
+            special.special_token_ids["eos"] = _end_by_name(config, vocabulary.added, folder)
         special.add_to_gguf(writer, quiet=True)
         if named := writer.kv_data[0].get(Keys.Tokenizer.CHAT_TEMPLATES):
             named.value.sort()
@@ -138,6 +140,19 @@ def _family_ids(
             found[kind] = ids[text]
     replaced = family.replaced_special.items()
     return found | {kind: ids[text] for kind, text in replaced if text in ids}
+
+
+def _end_by_name(config: dict[str, Any], added: list[AddedToken], folder: Path) -> int:
+    """The id of the token that tokenizer_config.json names as the end; as its class, [EOS]."""
+    value = config.get("eos_token", "[EOS]")
+    text = value.get("content") if isinstance(value, dict) else value
+    found = next((token.index for token in added if token.text == text), None)
+    if found is None:
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'}: eos_token is {shown(value)}, expected one of the "
+            "special tokens in added_tokens_decoder"
+        )
+    return found
 
 
 def _check_config_ids(folder: Path) -> None:

@@ -31,6 +31,15 @@ from tests.tokens import SMALL_VOCAB as VOCAB
 from tests.tokens import special_tokens, write_tokenizer
 
 Tensors = dict[str, torch.Tensor]
+IMAGES = {
+    "do_normalize": False,
+    "image_mean": [0.0, 0.0, 0.0],
+    "image_processor_type": "Gemma4ImageProcessor",
+    "image_std": [1.0, 1.0, 1.0],
+    "patch_size": 4,
+    "pooling_kernel_size": 3,
+    "processor_class": "Gemma4Processor",
+}
 _KINDS = {"s": "sliding_attention", "f": "full_attention"}
 
 
@@ -57,6 +66,7 @@ class TinyGemma4:
     nested: bool = True
     resaved: bool = False  # as transformers saves a config
     vision: bool = True  # nested only
+    standardize: bool = False  # what the tower gives
     tied: bool = True
     n_shards: int = 1
     dtype: torch.dtype = torch.bfloat16
@@ -151,8 +161,9 @@ class TinyGemma4:
             "num_key_value_heads": 2,
             "head_dim": 16,
             "patch_size": 4,
-            "pooling_kernel_size": 2,
-            "position_embedding_size": 16,
+            "pooling_kernel_size": 3,
+            "position_embedding_size": 64,
+            "standardize": self.standardize,
         }
 
     def tensors(self) -> Tensors:
@@ -224,9 +235,12 @@ class TinyGemma4:
         block = f"{at}encoder.layers.0."
         found = {
             f"{at}patch_embedder.input_proj.weight": random.matrix(size, 48),
-            f"{at}patch_embedder.position_embedding_table": random.normal(0.1, 2, 16, size),
+            f"{at}patch_embedder.position_embedding_table": random.normal(0.1, 2, 64, size),
             "model.embed_vision.embedding_projection.weight": random.matrix(self.hidden, size),
         }
+        if self.standardize:
+            found[f"{at}std_bias"] = random.normal(0.3, size)
+            found[f"{at}std_scale"] = random.normal(0.3, size) + 1
         for name, shape in {
             "self_attn.q_proj": (32, size), "self_attn.k_proj": (32, size),
             "self_attn.v_proj": (32, size), "self_attn.o_proj": (size, 32),
@@ -250,6 +264,8 @@ class TinyGemma4:
             write_tokenizer(folder, self.vocab)
         else:
             write_gemma(folder, self.vocab)
+        if self.has_tower:
+            (folder / "preprocessor_config.json").write_text(json.dumps(IMAGES))
         save_sharded(self.tensors(), folder, self.n_shards)
         return folder
 
@@ -268,6 +284,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "no cap, values of their own": replace(TEXT_ALONE, cap=None, shared_value=False),
         "untied": replace(TEXT_ALONE, tied=False, resaved=True),
     },
+}
+
+PROJECTOR_DIFFERENCES = {
+    "Gemma4ForConditionalGeneration": {
+        "clip.use_gelu": "without it llama.cpp approximates GELU by a sigmoid, and transformers by "
+        "a tangent; test_gemma4_images.py shows which is the same"
+    }
 }
 
 # attention of whole blocks; the published widths of experts and dense layers are none of 256

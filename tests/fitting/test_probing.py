@@ -32,6 +32,8 @@ from reap2gguf.progress import Silent
 from reap2gguf.quantizing.quantizer import load_quantizer
 from tests.building.builds import build, options
 from tests.exporting.files import gguf_tensors, random_imatrix
+from tests.families.gpt_oss import TINY as GPT_OSS
+from tests.quantized import as_mxfp4
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 CPU = ComputeOptions(device="cpu", threads=2)
@@ -69,6 +71,18 @@ def test_a_probe_for_each_kind_in_each_band_of_layers(tmp_path: Path) -> None:
     assert {*names} == trunk  # an MTP block takes no part in the answers
     for probe in probes:
         assert len({probing.kind_of(name) for name in probe.types}) == 1
+
+
+def test_no_probe_for_what_only_stays_as_it_is_stored(tmp_path: Path) -> None:
+    """Experts in MXFP4 whose rows fill no smaller blocks lose nothing."""
+    with Checkpoint.open(as_mxfp4(GPT_OSS).write(tmp_path / "tiny")) as checkpoint:
+        described = describe(checkpoint)
+        tensors = described.gguf_tensors(checkpoint.tensors)
+    facts = described.facts
+    problem = Problem(tensors, facts, facts.n_experts, {tensor.name for tensor in tensors})
+    names = {name for probe in probes_of(problem, facts) for name in probe.types}
+    measured = {tensor.name for tensor in problem.to_measure()}
+    assert names == {name for name in measured if "_exps" not in name} < measured
 
 
 def test_weights_are_divergences_over_errors(parts: Parts, tmp_path: Path) -> None:

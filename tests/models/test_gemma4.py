@@ -92,9 +92,18 @@ def test_a_tower_is_carried_and_said() -> None:
     towers = [name for name in model.names if "language_model" not in name]
     assert len(towers) > 10
     assert all(isinstance(model.role(name), Carried) for name in towers)
-    assert [caveat for caveat in model.caveats() if "mmproj" in caveat]
-    assert not model.side_files(Path("here"), stored_of(GEMMA4.tensors()))
+    assert [caveat for caveat in model.caveats() if "observed on text alone" in caveat]
+    assert not [caveat for caveat in model.caveats() if "mmproj" in caveat]
     assert not model_of().caveats()
+    assert not model_of().side_files(Path("here"), stored_of(TEXT_ALONE.tensors()))
+
+
+def test_a_projector_that_is_not_written_is_said() -> None:
+    config = GEMMA4.config()
+    config["vision_config"]["use_clipped_linears"] = True
+    model = Gemma4(config, "here/config.json", GEMMA4.tensors().keys())
+    assert [caveat for caveat in model.caveats() if "no projector file (mmproj) is w" in caveat]
+    assert not model.side_files(Path("here"), stored_of(GEMMA4.tensors()))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from tests.families import (
     gemma,
     glm,
     granite,
+    kimi_linear,
     lfm2,
     mixtral,
     nemotron,
@@ -54,7 +55,10 @@ def first_of(module: Any) -> dict[str, Any]:
     }
 
 
-for family in (deepseek, gemma, glm, granite, lfm2, mixtral, nemotron, olmoe, qwen2, qwen3_next):
+for family in (
+    *(deepseek, gemma, glm, granite, kimi_linear, lfm2),
+    *(mixtral, nemotron, olmoe, qwen2, qwen3_next),
+):
     MODELS |= first_of(family)
 
 
