@@ -13,6 +13,7 @@ import pytest
 import reap2gguf
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.errors import ArtifactError, SourceError, UnsupportedModelError
+from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.gguf_source.checkpoint import GgufCheckpoint
 from reap2gguf.gguf_source.file import model_name
 from reap2gguf.gguf_source.folder import MadeFolder
@@ -21,10 +22,11 @@ from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from reap2gguf.tokenizer.identity import tokens_of_folder, tokens_of_header
 from reap2gguf.tokenizer.tokenizer import Tokenizer
-from tests.exporting.files import export_files, plain
+from tests.exporting.files import export_files, export_weights, plain
 from tests.gguf_source.files import exported, in_parts
 from tests.loopback_hub.model import serving
 from tests.loopback_hub.repository import COMMIT
+from tests.models.layouts import FIRST, Case
 from tests.test_cli import run
 from tests.tiny import EXAMPLE, TinyQwen3Moe, TinyQwen35Moe
 
@@ -283,3 +285,20 @@ def test_a_broken_file(tmp_path: Path) -> None:
     result = run("prune", tmp_path / "x.gguf", "--method", "aimer", "-o", tmp_path / "y.gguf")
     assert result.exit_code == 2
     assert "x.gguf: begins with" in result.output
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_every_architecture_is_read(case: Case, tmp_path: Path) -> None:
+    """Exported again from what was read: the same keys, and the same values but for last bits."""
+    source = exported(case.tiny, tmp_path, "F32")
+    (tmp_path / "again").mkdir()
+    with opened(source) as found:
+        again = export_weights(found.checkpoint, found.model, tmp_path / "again", [plain("F32")])[
+            "F32"
+        ]
+    before, after = (read_gguf_header(path) for path in (source, again))
+    assert after.metadata == before.metadata
+    assert after.tensors.keys() == before.tensors.keys()
+    for name in before.tensors:
+        one, other = (header.read(name).view(np.float32) for header in (before, after))
+        np.testing.assert_allclose(other, one, rtol=2e-6, atol=2e-7, err_msg=name)
