@@ -20,6 +20,7 @@ from typing import Any
 from shapes.common import Shapes
 
 SHARD_BYTES = 5 * 10**9
+DTYPES = {"BF16": 2, "U8": 1}  # bytes of a value
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-qwen3-moe"
 
 
@@ -31,6 +32,11 @@ def every_shape() -> dict[str, Any]:
 
 
 SHAPES = every_shape()
+
+
+def dtype_of(name: str) -> str:
+    """What a tensor is stored as: the parts of MXFP4 are bytes."""
+    return "U8" if name.endswith(("_blocks", "_scales")) else "BF16"
 
 
 def write(config: dict, shapes: Shapes, folder: Path) -> None:
@@ -45,7 +51,7 @@ def write(config: dict, shapes: Shapes, folder: Path) -> None:
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     room = SHARD_BYTES
     for name, shape in shapes:
-        n_bytes = 2 * prod(shape)
+        n_bytes = DTYPES[dtype_of(name)] * prod(shape)
         if shards[-1] and n_bytes > room:
             shards.append({})
             room = SHARD_BYTES
@@ -63,8 +69,9 @@ def write(config: dict, shapes: Shapes, folder: Path) -> None:
 def sparse_shard(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     header, position = {}, 0
     for name, shape in shapes.items():
-        end = position + 2 * prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, end]}
+        dtype = dtype_of(name)
+        end = position + DTYPES[dtype] * prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
         position = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from sparse_checkpoint import EXAMPLE, SHAPES
+from sparse_checkpoint import EXAMPLE, SHAPES, dtype_of
 
 VOCABULARY = 4096  # of the example's tokenizer
 
@@ -93,7 +93,16 @@ def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def weight(name: str, size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Values of the spread that trained weights have; norms lie around one."""
+    """Values of the spread that trained weights have; norms lie around one.
+
+    The parts of MXFP4 are any codes, and exponents with which these have such a spread.
+    """
+    if dtype_of(name) == "U8":
+        low, high = (0, 256) if name.endswith("_blocks") else (119, 122)
+        codes = torch.randint(
+            low, high, size, dtype=torch.uint8, generator=generator, device=generator.device
+        )
+        return codes.cpu()
     values = torch.empty(size, dtype=torch.bfloat16, device=generator.device)
     values.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.02, generator=generator)
     return values.cpu()

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.gguf_files.imatrix_merge import MergedImatrix
     from reap2gguf.gguf_files.imatrix_statistics import ImatrixInspection
+    from reap2gguf.gguf_source.inspection import GgufInspection
     from reap2gguf.importing.from_file import FoundRecipe
     from reap2gguf.importing.imported import ImportedRecipe
     from reap2gguf.options import (
@@ -81,6 +82,7 @@ __all__ = [
     "Evaluation",
     "FitResult",
     "FoundRecipe",
+    "GgufInspection",
     "Imatrix",
     "ImatrixInspection",
     "ImatrixStatistics",
@@ -167,6 +169,7 @@ _HOMES = {
     "gguf_files.imatrix": ("Imatrix",),
     "gguf_files.imatrix_merge": ("MergedImatrix",),
     "gguf_files.imatrix_statistics": ("ImatrixInspection",),
+    "gguf_source.inspection": ("GgufInspection",),
     "importing.from_file": ("FoundRecipe",),
     "importing.imported": ("ImportedRecipe",),
     "options": (

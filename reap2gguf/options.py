@@ -15,9 +15,9 @@ from typing import TypeVar
 
 from reap2gguf.choosing.names import AUTO, BUILD_METHODS, check_candidates
 from reap2gguf.errors import UsageError
-from reap2gguf.fitting.target import SizeTarget
+from reap2gguf.fitting.target import DEFAULT_SENSITIVITY, SENSITIVITIES, SizeTarget
 from reap2gguf.machine import available_threads
-from reap2gguf.pruning.counts import check_asked, check_counts
+from reap2gguf.pruning.counts import WEIGHED, check_asked, check_counts, check_weighed
 from reap2gguf.pruning.protection import Protection, read_pinned
 
 MTP_CHOICES = ("prune", "drop")
@@ -269,7 +269,7 @@ class BuildOptions:
     model: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)  # by recipe, in place of its own
     keep_experts: int | None = None
-    compression: float | None = None
+    compression: float | str | None = None  # a share of the experts, or WEIGHED
     output: Path = Path("build")
     name: str | None = None
     method: str = "reap"  # a criterion, or auto: the best of `candidates`
@@ -299,6 +299,7 @@ class BuildOptions:
     target_bpw: float | None = None  # bits per weight
     fit: int | None = None  # bytes of a GPU's memory
     fit_context: int | None = None  # tokens that it holds beside the file; None: 8192
+    sensitivity: str = DEFAULT_SENSITIVITY  # how errors of tensors are weighed: table or measured
     evaluate: str = "auto"  # whether quality is measured: auto, always or never
 
     def __post_init__(self) -> None:
@@ -311,13 +312,15 @@ class BuildOptions:
             object.__setattr__(self, "model", str(self.model))
         if self.name is not None:
             check_kind("name", self.name, str)
-        check_counts(self.keep_experts, self.compression)
+        check_counts(self.keep_experts, None if self.weighs else self.compression)
         check_kind("calibration", self.calibration, CalibrationOptions)
         check_kind("compute", self.compute, ComputeOptions)
         for name in ("fresh", "replace", "check_space", "follow_links", "protect_super_experts"):
             check_bool(name, getattr(self, name))
         check_choice("method", self.method, BUILD_METHODS)
         self._check_choosing()
+        if self.weighs:
+            check_weighed(self.method, self.keep_experts, has_target, self.kept)
         read_pinned(self.protect)
         choices = MTP_CHOICES, REPAIR_CHOICES, EVALUATE_CHOICES, IMATRIX_FROM_CHOICES
         for name, known in zip(("mtp", "repair", "evaluate", "imatrix_from"), choices, strict=True):
@@ -325,6 +328,7 @@ class BuildOptions:
         check_asked(self.method, self.repair, self.group_size)
         if self.dequantize is not None:
             check_choice("dequantize", self.dequantize, DEQUANTIZE_CHOICES)
+        check_choice("sensitivity", self.sensitivity, SENSITIVITIES)
         check_number("chunk", self.chunk, 8)
         if self.imatrix_chunks is not None:
             check_number("imatrix_chunks", self.imatrix_chunks, 1)
@@ -347,6 +351,16 @@ class BuildOptions:
         return SizeTarget.of(self.target_size, self.target_bpw, self.fit, self.fit_context)
 
     @property
+    def weighs(self) -> bool:
+        """Whether the build finds how many experts stay, by what each number costs."""
+        return self.compression == WEIGHED
+
+    @property
+    def ratio(self) -> float | None:
+        """The share of the experts that is removed, where a number was given."""
+        return None if isinstance(self.compression, str) else self.compression
+
+    @property
     def protection(self) -> Protection:
         """The experts that stay whatever they score."""
         return Protection(read_pinned(self.protect), self.protect_super_experts)
@@ -355,7 +369,8 @@ class BuildOptions:
         """Candidates by name; refuse what has no effect without `auto`."""
         if self.candidates is not None:
             object.__setattr__(self, "candidates", check_candidates(self.candidates))
-        for name in ("candidates", "choose_text") if self.method != AUTO else ():
+        needless = () if self.method == AUTO else ("candidates", "choose_text")
+        for name in needless[: 1 if self.weighs else 2]:
             if getattr(self, name) is not None:
                 raise UsageError(f"{name} is for the method auto; pass it, or leave this out")
 
@@ -383,38 +398,3 @@ class AddOptions:
         check_bool("exact", self.exact)
         if not recipes and not files:
             raise UsageError("nothing to add: pass a recipe, such as q8_0, or a GGUF file")
-
-
-@dataclass(frozen=True)
-class BundleOptions:
-    """The arguments of `bundle`: what single commands made."""
-
-    folder: Path  # of `prune`, or a model that is not pruned
-    files: tuple[Path, ...]  # GGUF files of that model
-    source: str | None = None  # MODEL that was pruned
-    imatrix: Path | None = None
-    observations: Path | None = None
-    text: Path | None = None  # that the importance matrix was computed on
-    output: Path = Path("build")
-    name: str | None = None  # None: the folder's
-    labels: Mapping[str, str] = field(default_factory=dict)  # by file
-    threads: int = field(default_factory=available_threads)
-
-    def __post_init__(self) -> None:
-        for name in ("folder", "output"):
-            object.__setattr__(self, name, check_path(name, getattr(self, name)))
-        for name in ("imatrix", "observations", "text"):
-            if (path := getattr(self, name)) is not None:
-                object.__setattr__(self, name, check_path(name, path))
-        files = tuple(check_path("files", path) for path in self.files)
-        object.__setattr__(self, "files", files)
-        if not files:
-            raise UsageError("no GGUF file was given; `reap2gguf quantize` writes one")
-        if self.text is not None and self.imatrix is None:
-            raise UsageError("--text is that of an importance matrix; pass it with --imatrix")
-        if self.name is not None:
-            check_kind("name", self.name, str)
-        object.__setattr__(self, "labels", check_labels(self.labels))
-        if unknown := sorted(self.labels.keys() - set(map(str, files))):
-            raise UsageError(f"--label {unknown[0]}=...: no such file was given")
-        check_number("threads", self.threads, 1, MOST_THREADS)

@@ -186,7 +186,7 @@ def as_mxfp4(plain: Any, experts: str = "experts.") -> Quantized:
     """A checkpoint whose fused experts (E, in, out) are MXFP4, and nothing else."""
 
     def quantize(name: str, weight: torch.Tensor) -> Tensors:
-        if experts not in name:
+        if experts not in name or name.endswith("_bias"):
             return {name: weight}
         return mxfp4(name, weight.transpose(1, 2).contiguous())
 

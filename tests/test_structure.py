@@ -32,6 +32,16 @@ COVERED_BY = [
         "whole experts, with a gate and without one",
         ("observing/compute/gating.py",),
     ),
+    (
+        "models/test_qwen_vision.py",
+        "settings of images in one file or two",
+        ("models/image_settings.py",),
+    ),
+    (
+        "tokenizer/test_sentencepiece.py",
+        "vocabularies of characters that are broken",
+        ("tokenizer/character_bpe.py",),
+    ),
     ("quantizing/ik/test_workers.py", "the program that they run", ("quantizing/ik/worker.py",)),
     (
         "building/test_fit_stage.py",
@@ -53,6 +63,25 @@ COVERED_BY = [
         "fitting/test_trading.py",
         "experts against bits, from Python and on the command line",
         ("api/budgeting.py", "terminal/budget_command.py"),
+    ),
+    ("gguf_files/test_split.py", "names of parts", ("gguf_files/part_names.py",)),
+    ("fitting/test_probing.py", "the rows of probes", ("fitting/probe_text.py",)),
+    (
+        "building/test_weigh_stage.py",
+        "builds that weigh experts against bits, from their plans to their cards",
+        (
+            "building/observed.py",
+            "building/weighed.py",
+            "bundle/card_budget.py",
+            "fitting/counts.py",
+            "fitting/lines.py",
+            "verifying/budget.py",
+        ),
+    ),
+    (
+        "building/test_bundling.py",
+        "what is made of them",
+        ("building/bundle_options.py",),
     ),
     (
         "choosing/test_candidates.py",
@@ -184,7 +213,8 @@ COVERED_BY = [
         "building/test_prune_gguf.py",
         "the parts of a pruned file, compared with what pruned safetensors give",
         (
-            "gguf_source/checking.py", "gguf_source/header.py", "gguf_source/slices.py",
+            "gguf_source/checking.py", "gguf_source/header.py", "gguf_source/inspection.py",
+            "gguf_source/slices.py",
             "gguf_source/writing.py", "verifying/sliced.py",
         ),
     ),

@@ -55,13 +55,12 @@ V3 = _COMMON | _V3_CLASS | {
     "rope_scaling": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, "rope_theta": 10000,
     "routed_scaling_factor": 2.5, "topk_group": 4, "vocab_size": 129280,
 }  # fmt: skip
-# published with the model type kimi_k2, which transformers does not know, and with beta_fast 1,
-# which llama.cpp does not read
 KIMI_K2 = V3 | {
-    "first_k_dense_replace": 1, "max_position_embeddings": 131072, "n_group": 1,
-    "n_routed_experts": 384, "num_attention_heads": 64, "num_key_value_heads": 64,
-    "num_nextn_predict_layers": 0, "rope_scaling": V3["rope_scaling"] | {"factor": 32.0},
-    "rope_theta": 50000.0, "routed_scaling_factor": 2.827, "topk_group": 1, "vocab_size": 163840,
+    "model_type": "kimi_k2", "first_k_dense_replace": 1, "max_position_embeddings": 131072,
+    "n_group": 1, "n_routed_experts": 384, "num_attention_heads": 64, "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 0,
+    "rope_scaling": V3["rope_scaling"] | {"beta_fast": 1.0, "factor": 32.0}, "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.827, "topk_group": 1, "vocab_size": 163840,
 }  # fmt: skip
 
 

@@ -20,21 +20,20 @@ from reap2gguf.pruning.methods import OBSERVED
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from reap2gguf.bundle.budget import CountRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
-    from reap2gguf.fitting.trading import Candidate
     from reap2gguf.models.description import ModelFacts
     from reap2gguf.pruning.select import Kept
 
 _CHUNK = 512  # tokens, of which half are scored
-_SHARES = (1.0, 0.875, 0.75, 0.625, 0.5)  # of the experts, where no numbers are given
 
 
 @dataclass(frozen=True)
 class BudgetResult:
     """What each number of experts costs in a budget, and the number that costs least."""
 
-    candidates: tuple[Candidate, ...]
-    best: Candidate
+    candidates: tuple[CountRecord, ...]
+    best: CountRecord
     n_scored: int  # tokens on which pruning was measured
 
 
@@ -57,16 +56,19 @@ def weigh_budget(
 ) -> BudgetResult:
     """Weigh dropping experts against fewer bits, for one target; nothing is written.
 
-    For each number in `keep_experts` (by default all, 7/8, 3/4, 5/8 and half of them): the KL
-    divergence that pruning costs, measured on the first `chunks` chunks of a text, and the one that
-    quantizing to the target is predicted to cost. `observations` and `imatrix` are of MODEL, before
-    pruning. Raises UsageError for a number that the model cannot have and if no number fits the
-    target, ArtifactError for files of another model, and what opening a model raises.
+    For each number in `keep_experts` (by default all, 15/16, 7/8, 13/16, 3/4, 5/8 and half of
+    them): the KL divergence that pruning costs, measured on the first `chunks` chunks of a text,
+    and the one that quantizing to the target is predicted to cost. `target_bpw` counts the weights
+    of MODEL with all experts. `observations` and `imatrix` are of MODEL, before pruning. Raises
+    UsageError for a number that the model cannot have and if no number fits the target,
+    ArtifactError for files of another model, and what opening a model raises.
     """
+    from reap2gguf.building.given import read_imatrix
+    from reap2gguf.bundle.budget import best_of
     from reap2gguf.evaluating.texts import cut_text, fitting_chunk, read_text
     from reap2gguf.fitting.errors_table import Where
     from reap2gguf.fitting.target import SizeTarget
-    from reap2gguf.fitting.trading import Source, weigh
+    from reap2gguf.fitting.trading import Source, Weighing
     from reap2gguf.tokenizer.tokenizer import Tokenizer
 
     target = SizeTarget.of(target_size, target_bpw, fit, fit_context)
@@ -81,24 +83,35 @@ def weigh_budget(
         opened.check_tokenizer()
         facts, folder = opened.model.facts, opened.source.folder
         counts = _counts(facts, keep_experts)
-        source = Source(opened.checkpoint, opened.model, opened.source.short_name, given)
+        source = Source(
+            opened.checkpoint,
+            opened.model,
+            opened.source.short_name,
+            lambda tensors: read_imatrix(given, tensors, facts.n_experts, facts.mtp_layer),
+        )
         choices = _choices(opened.checkpoint, facts, seen, counts, method)
         label, content = read_text(text, shown.note)
         size = fitting_chunk(_CHUNK, facts.context_length, shown.note)
         cut = cut_text(label, content, Tokenizer(folder), facts.vocab_size, size, chunks)
         where = Where(compute.device, compute.threads)
-        found = weigh(source, choices, target, cut.rows, compute, where, shown)
-    best = min(found, key=lambda one: (one.damage, -one.n_experts))
-    return BudgetResult(tuple(found), best, cut.record.n_scored)
+        weighing = Weighing(source, choices, target)
+        weighing.check()
+        from reap2gguf.evaluating.engine import evaluate_variants  # loads torch
+
+        costs = weighing.costs(
+            lambda variants, pairs: evaluate_variants(variants, cut.rows, pairs, compute, shown)
+        )
+        found = weighing.weigh(costs, where, shown)
+    return BudgetResult(tuple(found), best_of(found), cut.record.n_scored)
 
 
 def _counts(facts: ModelFacts, asked: Sequence[int] | None) -> list[int]:
     """How many experts may stay, the most first. Raises UsageError for a wrong number."""
+    from reap2gguf.fitting.counts import usual_counts
     from reap2gguf.pruning.select import choose_target
 
     if asked is None:
-        asked = [round(share * facts.n_experts) for share in _SHARES]
-        asked = [count for count in asked if count >= facts.experts_per_token]
+        return usual_counts(facts)
     if not asked:
         raise UsageError("keep_experts is empty, expected numbers of experts, such as 128, 96")
     return sorted({choose_target(facts, count, None).n_kept for count in asked}, reverse=True)

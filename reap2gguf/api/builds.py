@@ -12,7 +12,6 @@ from reap2gguf.options import (
     DEVICES,
     AddOptions,
     BuildOptions,
-    BundleOptions,
     CheckQuants,
     ComputeOptions,
     check_bool,
@@ -156,6 +155,7 @@ def make_bundle(
     where they are. Raises UsageError, ArtifactError for a part of another model, VerificationError
     for a file that does not hold what it should, OutputError, and what opening a model raises.
     """
+    from reap2gguf.building.bundle_options import BundleOptions
     from reap2gguf.building.bundling import bundle as run
 
     options = BundleOptions(

@@ -135,8 +135,8 @@ def _open_bundle(
     manifest = bundle.manifest
     if source is not None:
         opened.source(str(source), follow_links)
-    elif manifest.source.revision is not None:
-        opened.source(f"{manifest.source.label}@{manifest.source.revision}")
+    elif (name := manifest.source.at_commit) is not None:
+        opened.source(name)
     elif bundle.hf is None:
         raise UsageError(
             f"{folder}: holds GGUF files alone; pass the model that they were made from as source"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
 from reap2gguf.errors import UsageError
-from reap2gguf.options import DEVICES, check_choice, check_path, check_threads
+from reap2gguf.fitting.target import DEFAULT_SENSITIVITY, MEASURED, SENSITIVITIES
+from reap2gguf.options import DEVICES, ComputeOptions, check_choice, check_path, check_threads
 from reap2gguf.outputs import output_file
 
 if TYPE_CHECKING:
@@ -16,10 +17,13 @@ if TYPE_CHECKING:
 
     from reap2gguf.building.given import GivenImatrix
     from reap2gguf.fitting.fitted import Fitted
+    from reap2gguf.fitting.probing import Probing
     from reap2gguf.fitting.solving import Budget
     from reap2gguf.hub.opened import OpenModel
+    from reap2gguf.progress import Progress
 
 _CACHE = "type-errors.json"  # ends the name of the file with the measurements, beside recipes
+_SENSITIVITIES = "sensitivities.json"  # ends the name of another such file
 _HEADER_ROOM = 2**12  # for what a build adds to a header, beside the ids of experts
 _ID_BYTES = 8  # of an expert that a build keeps, once for the source and once for the original
 
@@ -47,6 +51,7 @@ def fit_recipe(
     target_bpw: float | None = None,
     fit: int | None = None,
     fit_context: int | None = None,
+    sensitivity: str = DEFAULT_SENSITIVITY,
     device: str = "auto",
     threads: int | None = None,
     follow_links: bool = False,
@@ -57,8 +62,10 @@ def fit_recipe(
     One target is needed: `target_size` in bytes of the whole file, `target_bpw` in bits per weight,
     or `fit`, the bytes of a GPU's memory, which is to hold a context of `fit_context` tokens too
     (8192). The type of every tensor is chosen by what each type loses of it, measured on sampled
-    rows with the importance matrix; `device` is what quantizes them. `MODEL.type-errors.json`
-    beside `output` keeps what was measured for the next call. Raises UsageError for a size that no
+    rows with the importance matrix; `device` is what quantizes them. `sensitivity` says how much an
+    error in each tensor counts: by a table of kinds, or "measured" on this model, which takes an
+    evaluation of some dozens of variants. `MODEL.type-errors.json` and `MODEL.sensitivities.json`
+    beside `output` keep what was measured for the next call. Raises UsageError for a size that no
     types have, before anything is measured, ArtifactError, OutputError, and what opening a model
     raises.
     """
@@ -78,10 +85,12 @@ def fit_recipe(
     if target is None:
         raise UsageError("pass a target: target_size, target_bpw or fit")
     check_choice("device", device, DEVICES)
+    check_choice("sensitivity", sensitivity, SENSITIVITIES)
     where, shown = Where(device, check_threads(threads)), to_progress(progress)
     with open_named(model, shown, follow_links=follow_links) as opened:
         cached = output_file(output.with_name(f"{opened.source.short_name}.{_CACHE}"))
-        keep_files(opened, [output, cached], [given])
+        beside = output_file(output.with_name(f"{opened.source.short_name}.{_SENSITIVITIES}"))
+        keep_files(opened, [output, cached, beside], [given])
         opened.check_tokenizer()
         tensors = opened.model.gguf_tensors(opened.checkpoint.tensors)
         read = read_imatrix(given, tensors)
@@ -92,8 +101,14 @@ def fit_recipe(
         cache = Cache(cached, _key(opened, read))
         measuring = Measuring(opened.checkpoint, read.imatrix, cache, where)
         errors = measuring.errors(problem, budget, shown)
+        weights = None
+        if sensitivity == MEASURED:
+            compute = ComputeOptions(device, threads=where.n_threads)
+            weights = _probing(opened, read, output, compute, shown).sensitivities(
+                problem, errors, shown
+            )
         named = Named(output.stem, target.label, target)
-        found = choose_types(named, problem, errors, budget.types, budget.n_bytes)
+        found = choose_types(named, problem, errors, budget.types, budget.n_bytes, weights)
         check_label(found.recipe.label, str(output))
         write_whole(output, found.recipe.source)
     return _result(output, found, header, budget)
@@ -105,6 +120,33 @@ def _key(opened: OpenModel, given: GivenImatrix) -> str:
     from reap2gguf.fitting.errors_table import FORMAT
 
     return stage_key(FORMAT, opened.checkpoint.fingerprint(), given.sha256, ggml_identity())
+
+
+def _probing(
+    opened: OpenModel, given: GivenImatrix, output: Path, compute: ComputeOptions, shown: Progress
+) -> Probing:
+    """What measures how much an error in each tensor counts."""
+    from reap2gguf.building.keys import ggml_identity, stage_key
+    from reap2gguf.evaluating.engine import evaluate_variants  # loads torch
+    from reap2gguf.fitting.errors_table import Cache
+    from reap2gguf.fitting.probe_text import probe_text
+    from reap2gguf.fitting.probing import PROBE_FORMAT, ProbedText, Probing
+
+    text = probe_text(opened.source.folder, opened.model.facts)
+    where = compute.likely_device, compute.likely_dtype
+    of = opened.checkpoint.fingerprint(), given.sha256, text.sha256
+    key = stage_key(PROBE_FORMAT, of, ggml_identity(), where)
+    path = output.with_name(f"{opened.source.short_name}.{_SENSITIVITIES}")
+    return Probing(
+        opened.checkpoint,
+        opened.model,
+        given.imatrix,
+        ProbedText(
+            text.sha256,
+            lambda variants, pairs: evaluate_variants(variants, text.rows, pairs, compute, shown),
+        ),
+        Cache(path, key),
+    )
 
 
 def _header_bytes(opened: OpenModel, name: str, given: GivenImatrix) -> int:

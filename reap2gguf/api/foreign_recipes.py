@@ -103,6 +103,8 @@ def _header(name: str, progress: Progress) -> GgufHeader:
     path = Path(os.path.expanduser(name))
     if os.path.isfile(path):
         return read_whole_header(path)
+    if inside := sorted(path.glob("*.gguf")) if path.is_dir() else ():
+        raise SourceError(f"{name}: is a folder; pass one of its files, such as {inside[0]}")
     on_hub = None if os.path.isdir(path) else hub_gguf_name(name)
     if on_hub is None:
         raise SourceError(

@@ -41,9 +41,9 @@ def slice_imatrix(
     """Cut a matrix of the unpruned model to the experts that a pruned model keeps.
 
     `what` is a matrix, or a `.gguf` or `.dat` file of one; `kept` is either folder of a bundle, or
-    one that `prune` wrote. Names and shapes are then those of the pruned model. With `output`, a
-    `.gguf` file, both formats are written. Raises ArtifactError for a matrix of another model,
-    UsageError for a folder without a record of kept experts, and OutputError.
+    the folder or GGUF file that `prune` wrote. Names and shapes are then those of the pruned model.
+    With `output`, a `.gguf` file, both formats are written. Raises ArtifactError for a matrix of
+    another model, UsageError for what has no record of kept experts, and OutputError.
     """
     from reap2gguf.building.pruned_models import read_pruned
     from reap2gguf.building.slicing import slice_to

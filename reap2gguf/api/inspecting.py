@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import Manifest
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.gguf_files.imatrix_statistics import ImatrixInspection
+    from reap2gguf.gguf_source.inspection import GgufInspection
     from reap2gguf.pruning.inspection import BundleInspection, ObservationsInspection
 
 _MOST_RATIOS = 64
@@ -29,8 +30,11 @@ def inspect(
     *,
     method: str | None = None,
     ratios: Sequence[float] | None = None,
-) -> ObservationsInspection | BundleInspection | ImatrixInspection:
-    """Look into observations, an importance matrix, or a bundle; nothing is written.
+) -> ObservationsInspection | BundleInspection | ImatrixInspection | GgufInspection:
+    """Look into observations, an importance matrix, a bundle, or a GGUF file of a model.
+
+    Nothing is written. Of a GGUF file, what its header says: its experts, its types, and which
+    experts of its source it keeps.
 
     Observations: the share of the scores that each layer keeps if `ratios` of its experts are
     removed, and the tokens per expert. A bundle, by either of its folders: what was kept, with its
@@ -63,6 +67,11 @@ def inspect(
                 "so other ratios cannot be shown; leave out --ratios"
             )
         return inspect_observations(seen, method or manifest.pruning.method, chosen)
+    if _is_model(path):
+        from reap2gguf.gguf_source.inspection import inspect_gguf
+        from reap2gguf.models.table import BY_GGUF
+
+        return inspect_gguf(path, BY_GGUF)
     if _is_imatrix(path):
         return inspect_imatrix(load_imatrix(path))
     return inspect_observations(Observations.load(path), method or "reap", chosen)
@@ -114,6 +123,17 @@ def observations_of(manifest: Manifest, folder: Path) -> Observations | None:
     except OSError as error:
         raise ArtifactError(f"{folder}: cannot be read ({error.strerror or error})") from error
     return None
+
+
+def _is_model(path: Path) -> bool:
+    """Whether a file is a GGUF file of a model whose architecture is known."""
+    from reap2gguf.files import is_gguf
+    from reap2gguf.gguf_files.reader import read_gguf_header
+    from reap2gguf.models.table import BY_GGUF
+
+    if not path.is_file() or not is_gguf(path):
+        return False
+    return read_gguf_header(path).metadata.get("general.architecture") in BY_GGUF
 
 
 def _is_imatrix(path: Path) -> bool:

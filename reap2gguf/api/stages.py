@@ -342,7 +342,7 @@ def _export(
 ) -> None:
     """Write one GGUF file; its journal lies beside it until it is complete."""
     from reap2gguf.atomic import remove
-    from reap2gguf.building.keys import export_key
+    from reap2gguf.building.keys import export_key, ik_identity
     from reap2gguf.exporting.header_facts import HeaderNames
     from reap2gguf.exporting.journal import ExportJournal
     from reap2gguf.exporting.model_files import export_model
@@ -355,7 +355,7 @@ def _export(
     name = opened.source.short_name
     fingerprint = opened.checkpoint.fingerprint()
     identity = ("", "") if weighted_by is None else (weighted_by.file, weighted_by.digest())
-    key = export_key(fingerprint, name, recipe.source, *identity)
+    key = export_key(fingerprint, name, recipe.source, *identity, *ik_identity([recipe]))
     path = output.with_name(f"{output.name}.journal")
     files = {output: recipe}
     journal = ExportJournal(path, key)

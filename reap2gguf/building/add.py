@@ -115,7 +115,7 @@ def _add(
     _check_labels(recipes, adopted)
     if not recipes and not adopted:
         return BuildResult.of(work, manifest)
-    new = {record_name(manifest, r): recipe_key(r.name, r.label, r.source) for r in recipes}
+    new = {record_name(manifest, r): recipe_key(r) for r in recipes}
     addition = Addition(
         work.of_addition(),
         manifest,

@@ -25,8 +25,8 @@ from reap2gguf import __version__
 from reap2gguf.atomic import link_or_copy, remove
 from reap2gguf.building.bundle_files import BundleFiles, check_bundle_files, recorded_files
 from reap2gguf.building.finished import Inputs
-from reap2gguf.building.keys import export_key
-from reap2gguf.building.record import gguf_record, write_texts
+from reap2gguf.building.keys import export_key, ik_identity
+from reap2gguf.building.record import gguf_record, ik_versions, write_texts
 from reap2gguf.building.seals import read_seals, seal, stamps, written_seals
 from reap2gguf.building.stage import BuildResult, StageCost
 from reap2gguf.bundle.layout import (
@@ -191,7 +191,8 @@ def _export(run: _Run, files: Mapping[Path, ResolvedRecipe], hashes: Hashes) -> 
     addition, (weights, model) = run.addition, run.reference
     work, manifest = addition.work, addition.manifest
     recipes = [(recipe.name, recipe.label, recipe.source) for recipe in files.values()]
-    journal = ExportJournal(work.root / "export.json", export_key(manifest.text(), recipes))
+    key = export_key(manifest.text(), recipes, *ik_identity(files.values()))
+    journal = ExportJournal(work.root / "export.json", key)
     names = HeaderNames.of(manifest, __version__)
     imatrix = _imatrix(addition)
     weighted_by = None if imatrix is None else WeightedBy(imatrix)
@@ -276,7 +277,7 @@ def _manifest(
     records = {record.file: record for record in addition.stay}
     for path, recipe in files.items():
         record = gguf_record(old.name, recipe, work.gguf, addition.with_toml)
-        records[path.name] = replace(record, made_by=_versions(old))
+        records[path.name] = replace(record, made_by=_versions(old, recipe))
     records |= {one.record.file: one.record for one in addition.adopted}
     ordered = [records.pop(name) for name in addition.order if name in records]
     gguf = (*ordered, *records.values())
@@ -297,9 +298,9 @@ def _manifest(
     )
 
 
-def _versions(manifest: Manifest) -> dict[str, str]:
+def _versions(manifest: Manifest, recipe: ResolvedRecipe) -> dict[str, str]:
     """The versions that write a file now, if they are others than those of the bundle."""
-    now = {"reap2gguf": __version__, "ggml": load_ggml().label}
+    now = {"reap2gguf": __version__, "ggml": load_ggml().label, **ik_versions([recipe])}
     return {name: found for name, found in now.items() if manifest.program.get(name) != found}
 
 

@@ -17,8 +17,8 @@ from gguf import LlamaFileType
 from reap2gguf.bundle.layout import model_file
 from reap2gguf.bundle.manifest import FileRecord, GgufRecord, hash_file
 from reap2gguf.errors import OutputError, UsageError, VerificationError
+from reap2gguf.gguf_files.part_names import parse_part_name
 from reap2gguf.gguf_files.reader import read_gguf_header
-from reap2gguf.gguf_files.split import parse_part_name
 from reap2gguf.gguf_files.tensor_types import row_bytes
 from reap2gguf.messages import shown
 from reap2gguf.quantizing.file_types import IK_MIXTURES, MIXTURES

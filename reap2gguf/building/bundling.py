@@ -79,9 +79,9 @@ from reap2gguf.verifying.report import Level, passed_file, passed_folder, passed
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
+    from reap2gguf.building.bundle_options import BundleOptions
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import SideFile
-    from reap2gguf.options import BundleOptions
     from reap2gguf.progress import Progress
     from reap2gguf.pruning.select import Kept
     from reap2gguf.verifying.against_source import OpenSource

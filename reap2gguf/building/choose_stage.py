@@ -19,6 +19,7 @@ from reap2gguf.artifacts.made_with import COMPUTING
 from reap2gguf.atomic import remove, write_whole
 from reap2gguf.building.choosing import protected_of
 from reap2gguf.building.keys import stage_key
+from reap2gguf.building.observed import observations_of
 from reap2gguf.building.repair_record import REPAIRED_CANDIDATE
 from reap2gguf.building.stage import Run, Stage, needed
 from reap2gguf.bundle.choice import ChoiceRecord, choice_of
@@ -36,7 +37,6 @@ from reap2gguf.repairing.record import RepairFolder
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from reap2gguf.artifacts.observations import Observations
     from reap2gguf.artifacts.texts import ObservationRows
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.stages import Observe
@@ -156,20 +156,6 @@ def _of_variants(options: ComputeOptions, asked: Measurement) -> ComputeOptions:
         return options
     key = stage_key(options.resume.key, [one.name for one in asked.variants])
     return replace(options, resume=replace(options.resume, key=key))
-
-
-def observations_of(plan: Plan, observed: Observe | None) -> Observations | None:
-    """What a build observed, or was given; None where nothing is pruned."""
-    if observed is not None:
-        return observed.result
-    return None if plan.observations is None else plan.observations.seen
-
-
-def observations_sha256(plan: Plan, observed: Observe | None) -> str:
-    """The hash of the observations' file; "" where there is none."""
-    if observed is not None:
-        return observed.sha256
-    return "" if plan.observations is None else plan.observations.sha256
 
 
 def choose_method(run: Run, texts: ReadTexts, observed: Observe | None) -> Plan:

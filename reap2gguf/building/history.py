@@ -119,7 +119,8 @@ def _history_in(header: GgufHeader, facts: ModelFacts, note: Note) -> History | 
         }
         if min(flat) < 0 or max(flat) >= n_experts:
             raise ValueError("it names experts that the original did not have")
-        history = History(label, None, n_experts, methods, experts)
+        # of a file on the Hub, the repository
+        history = History(label.partition(":")[0], None, n_experts, methods, experts)
         _check(history, methods, facts)
     except ValueError as error:
         note(

@@ -27,6 +27,7 @@ from reap2gguf.errors import CheckpointError, Reap2ggufError
 from reap2gguf.files import file_sha256
 from reap2gguf.ggml import load_ggml
 from reap2gguf.pruning.write import companion_files
+from reap2gguf.quantizing.ik.workers import PACKAGE, package_version
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row
@@ -49,6 +50,7 @@ FIT_FORMAT = 1  # how types are chosen for a size
 WEIGHTS_FORMAT = 1  # how experts are scored by their weights alone
 EXPORT_FORMAT = 1  # headers and tensors of GGUF files
 CHOOSE_FORMAT = 1  # which rows are held out, what is measured on which texts, and the rule
+WEIGH_FORMAT = 1  # which numbers of experts are weighed, on what, and how damage is predicted
 EVALUATE_FORMAT = 1  # what is measured, and how
 VERIFY_FORMAT = 1  # what is compared before a bundle is finished
 
@@ -185,21 +187,21 @@ class BuildKeys:
         plan = self.plan
         names = (plan.name, plan.source.label, plan.method, datasets)
         sources = [(recipe.name, recipe.label, recipe.source) for recipe in recipes]
-        return export_key(imatrix, *names, self._card, sources, self._history)
+        ik = ik_identity(recipes)
+        return export_key(imatrix, *names, self._card, sources, self._history, *ik)
 
     @property
     def inputs(self) -> Inputs:
         """The keys of everything that a bundle depends on."""
         plan = self.plan
-        recipes = {
-            plan.gguf_name(recipe): recipe_key(recipe.name, recipe.label, recipe.source)
-            for recipe in plan.recipes
-        }
+        recipes = {plan.gguf_name(recipe): recipe_key(recipe) for recipe in plan.recipes}
         return Inputs(self._base, recipes)
 
     @property
     def _base(self) -> str:
         plan = self.plan
+        if plan.unweighed is not None:  # what was asked for is the same before and after
+            return self.of(plan.unweighed)._base
         return stage_key(
             *(TEXTS_FORMAT, OBSERVE_FORMAT, PRUNE_FORMAT, IMATRIX_FORMAT),
             self._source,
@@ -220,6 +222,33 @@ class BuildKeys:
             *((REPAIR_FORMAT, self._asked_repair) if self._asked_repair else ()),
             *((MERGE_FORMAT, plan.group_size) if plan.merges else ()),
             *self._sums,
+            *((WEIGH_FORMAT, self._weighing) if plan.weighs else ()),
+        )
+
+    @property
+    def _weighing(self) -> tuple[object, ...]:
+        """What was asked for where the number of experts is weighed."""
+        options = self.plan.options
+        text = options.choose_text
+        other = None if text is None else (text.name, self.plan.files.text(text).sha256)
+        return self.plan.counts, repr(options.target), options.tensor_types, other
+
+    def weigh(self, kept: Mapping[int, Kept], observations: str, text: str) -> str:
+        """The key of a budget's division, by the experts that each number keeps.
+
+        `observations` and `text` are the hashes of the observations' file and of the tokens.
+        """
+        options, given = self.plan.options, self.plan.imatrix
+        choices = [(count, sorted(experts.items())) for count, experts in kept.items()]
+        return stage_key(
+            WEIGH_FORMAT,
+            (FIT_FORMAT, ggml_identity()),
+            self._source,
+            choices,
+            repr(options.target),
+            options.tensor_types,
+            (observations, None if given is None else given.sha256, text),
+            *self._computing,
         )
 
     @property
@@ -285,10 +314,17 @@ def ggml_identity() -> tuple[str, ...]:
     return (ggml.version, file_sha256(ggml.path)) if ggml.is_own else (ggml.version,)
 
 
-def recipe_key(name: str, label: str, source: str) -> str:
+def ik_identity(recipes: Iterable[ResolvedRecipe]) -> tuple[str, ...]:
+    """The package that makes types of ik_llama.cpp, if any of the recipes has some."""
+    has_some = any(recipe.recipe.is_ik for recipe in recipes)
+    return (PACKAGE, package_version()) if has_some else ()
+
+
+def recipe_key(recipe: ResolvedRecipe) -> str:
     """The key of a recipe's GGUF file, among files of the same model and importance matrix."""
     # not of this program: each record in a manifest has the version that its header has
-    return stage_key(EXPORT_FORMAT, ggml_identity(), name, label, source)
+    named = recipe.name, recipe.label, recipe.source
+    return stage_key(EXPORT_FORMAT, ggml_identity(), *named, *ik_identity([recipe]))
 
 
 def _hashes(files: Iterable[Path], error_type: type[Reap2ggufError]) -> list[tuple[str, str]]:

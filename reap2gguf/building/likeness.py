@@ -79,9 +79,8 @@ class Likeness:
     def _model(self) -> str | None:
         """The source on the Hub, at its commit; None for a local folder."""
         source = self.manifest.source
-        if "/" in source.label and source.revision:
-            file = "" if source.gguf is None else f":{source.gguf.file.rpartition(':')[2]}"
-            return f"{source.label}@{source.revision}{file}"
+        if "/" in source.label:
+            return source.at_commit
         return None
 
     @property

@@ -10,6 +10,7 @@ from reap2gguf.building.workdir import RESERVED_NAMES
 from reap2gguf.bundle.layout import GGUF_SUFFIX, BundleFolders
 from reap2gguf.errors import UsageError
 from reap2gguf.messages import shown
+from reap2gguf.pruning.counts import WEIGHED
 from reap2gguf.pruning.methods import MERGING, OBSERVED
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ _NAMELESS = "model"  # for a source without a letter that a name may have
 def bundle_name(options: BuildOptions, source: Source, target: Target, note: Note) -> str:
     """The given name, or `<source>-REAP-<compression>`, or `<source>` where nothing is pruned.
 
+    Where the number of experts is weighed, it is `<source>-auto-<size>`.
     Where experts are not ranked by one of REAP's criteria, it is `<source>-pruned-<compression>`;
     where they are merged, `<source>-REAM-<compression>` or `<source>-merged-<compression>`.
     The ratio has two decimals, or more if needed. Where the Hub does not allow the source's name,
@@ -83,9 +85,11 @@ def _hub_allows(name: str) -> bool:
 
 
 def _ending(options: BuildOptions, target: Target) -> str:
+    if options.weighs and options.target is not None:  # the number of experts is not known yet
+        return f"-{WEIGHED}-{options.target.label.removeprefix('FIT-')}"
     if not target.prunes:
         return ""
-    ratio = target.compression if options.compression is None else options.compression
+    ratio = target.compression if options.ratio is None else options.ratio
     shown_ratio = f"{ratio:.2f}" if round(ratio, 2) == ratio else f"{ratio:.4g}"
     how = "pruned"
     if options.kept is None and options.method in OBSERVED:

@@ -1,15 +1,17 @@
 """A build, from a checkpoint to a verified bundle: the table of contents of the program.
 
-    plan -> texts -> observe -> choose -> merge -> repair -> { prune, imatrix, export, verify }
-      -> evaluate -> record
+    plan -> texts -> observe -> weigh -> choose -> merge -> repair
+      -> { prune, imatrix, export, verify } -> evaluate -> record
 
 Stages in braces overlap: GGUF files are written layer by layer as their importance is known, beside
 the safetensors, and each format is verified when it is written (`together.py`). With a target size,
 `fit` chooses the types of a file between `imatrix` and `export`, and so the export waits.
 
-With `--method auto` a stage measures which method of pruning is best, and the plan goes on with it.
-The kept experts are repaired where that is asked for: what follows is then of the repaired model.
-A method that merges experts has a stage of its own, which finds the experts that stay as well.
+With `--compression auto` a stage weighs numbers of experts against bits for the size that was
+asked for, and the plan goes on with the best. With `--method auto` a stage measures which method of
+pruning is best, and the plan goes on with it. The kept experts are repaired where that is asked
+for: what follows is then of the repaired model. A method that merges experts has a stage of its
+own, which finds the experts that stay as well.
 A build that keeps all experts has nothing to observe and nothing to prune: it writes GGUF files
 alone. One that ranks experts by their weights has nothing to observe. Given observations, and a
 given importance matrix, take the place of the stages that make them; with both, no text is read.
@@ -25,15 +27,11 @@ their share of the sweeps and leave after the importance matrix.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from reap2gguf.building.choose_stage import (
-    Choose,
-    choose_method,
-    observations_of,
-    observations_sha256,
-)
+from reap2gguf.building.choose_stage import Choose, choose_method
 from reap2gguf.building.choosing import chosen_experts, protected_of
 from reap2gguf.building.evaluate_stage import Evaluate
 from reap2gguf.building.extending import extend_finished
@@ -42,6 +40,7 @@ from reap2gguf.building.given_stage import GivenImportance, importance_of
 from reap2gguf.building.merge_stage import Merge
 from reap2gguf.building.needs.room import check_device, check_room
 from reap2gguf.building.needs.scoring import chunks_of
+from reap2gguf.building.observed import observations_of, observations_sha256
 from reap2gguf.building.plan_sides import with_all_values
 from reap2gguf.building.record import Evidence, write_record
 from reap2gguf.building.repair_stage import Repair
@@ -52,8 +51,11 @@ from reap2gguf.building.standing import refuse_dropping, standing
 from reap2gguf.building.text_stage import ReadTexts
 from reap2gguf.building.together import do_after, do_together
 from reap2gguf.building.verify_stage import Verify
+from reap2gguf.building.weigh_stage import Weigh, known_budget, weigh_experts
+from reap2gguf.building.weighed import settled
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.exporting.quantizers import note_quantizers
+from reap2gguf.fitting.probing import ProbedText
 from reap2gguf.machine import processes
 from reap2gguf.progress import Progress, Silent
 from reap2gguf.pruning.coverage import selection_notes
@@ -63,10 +65,11 @@ from reap2gguf.pruning.view import PrunedView
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
     from reap2gguf.building.plan import Plan
+    from reap2gguf.building.standing import Standing
     from reap2gguf.pruning.select import Kept
 
 STAGES: Sequence[type[Stage[Any]]] = (
-    *(ReadTexts, Observe, Choose, Merge, Repair, Prune, Importance, Export, Verify),
+    *(ReadTexts, Observe, Weigh, Choose, Merge, Repair, Prune, Importance, Export, Verify),
     Evaluate,
 )
 
@@ -93,6 +96,7 @@ def build(plan: Plan, progress: Progress) -> BuildResult | None:
     with work.locked(), plan.checkpoint:
         run = Run(plan, work, progress, stages_of(plan))
         run.prepare()
+        run.probe_text = partial(_probed_text, run)
         with run.held:
             return _run_stages(run)
 
@@ -101,7 +105,7 @@ def _run_stages(run: Run) -> BuildResult | None:
     """All stages in order; no other build of this name is running."""
     plan = run.plan
     run.check_same_model()
-    found = standing(plan, run.keys, run.work) if run.is_first else None
+    found = _standing(run) if run.is_first else None
     if run.agree(lambda: found is not None):
         run.dismiss()
         return None if found is None else extend_finished(run, found)
@@ -114,6 +118,8 @@ def _run_stages(run: Run) -> BuildResult | None:
 
     texts = run.do(ReadTexts(run)) if plan.reads_texts else None
     observed = run.do(Observe(run, needed(texts))) if plan.observes else None
+    if plan.weighs:
+        plan = weigh_experts(run, texts, observed)
     if plan.chooses:
         plan = choose_method(run, needed(texts), observed)
     merged = run.do(Merge(run, needed(texts))) if plan.merges else None
@@ -121,7 +127,7 @@ def _run_stages(run: Run) -> BuildResult | None:
         kept = merged.result.view.kept
     else:
         kept = run.agree(lambda: chosen_experts(run, observations_of(plan, observed)))
-    seen = observations_of(plan, observed) if run.is_first else None
+    seen = observations_of(plan, observed) if run.is_first and plan.target.prunes else None
     protected = protected_of(plan, seen) if run.is_first else ProtectedExperts()
     if run.is_first:
         _note_choice(run, seen, kept, protected)
@@ -143,7 +149,7 @@ def _run_stages(run: Run) -> BuildResult | None:
 
     evidence = Evidence(
         seen,
-        observations_sha256(plan, observed),
+        observations_sha256(plan, observed) if plan.target.prunes else "",
         importance.texts,
         kept,
         protected,
@@ -164,6 +170,38 @@ def _run_stages(run: Run) -> BuildResult | None:
     manifest = write_record(plan, run.work, evidence, pruned)
     run.work.finalize(run.keys.inputs, [asdict(cost) for cost in run.costs])
     return BuildResult.of(run.work, manifest, run.costs)
+
+
+def _standing(run: Run) -> Standing | None:
+    """The finished bundle that the build only has to extend, as `standing` finds it.
+
+    Where its number of experts was weighed, the run goes on with that number.
+    """
+    plan = run.plan
+    if (record := known_budget(plan, run.keys, run.work)) is not None:
+        run.work.has_hf = run.settle(settled(plan, record)).writes_hf
+    found = standing(run.plan, run.keys, run.work)
+    if found is None and record is not None:  # it is not what it was: everything is done again
+        run.work.has_hf = run.settle(plan).writes_hf
+    return found
+
+
+def _probed_text(run: Run) -> ProbedText:
+    """The text that probes are measured on, where the other processes of torchrun have left.
+
+    Raises CalibrationError.
+    """
+    from reap2gguf.evaluating.engine import evaluate_variants  # loads torch
+    from reap2gguf.fitting.probe_text import probe_text
+
+    options = replace(run.plan.options.compute, scratch=run.scratch)
+    text = probe_text(run.plan.source.folder, run.plan.model.facts)
+    return ProbedText(
+        text.sha256,
+        lambda variants, pairs: evaluate_variants(
+            variants, text.rows, pairs, options, run.progress, alone=True
+        ),
+    )
 
 
 def _note_choice(

@@ -29,6 +29,7 @@ from reap2gguf.building.history import History, read_history
 from reap2gguf.building.naming import bundle_name
 from reap2gguf.building.plan_sides import planned_side_files
 from reap2gguf.building.sized import SizedFile, other_labels, with_sized
+from reap2gguf.building.weighed import Opened, asked_target, check_matrix, with_first_experts
 from reap2gguf.bundle.layout import BundleFolders, model_file, side_file
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.options_record import (
@@ -59,14 +60,13 @@ from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
 from reap2gguf.pruning.methods import GIVEN, GROUP_SIZE, METHODS, is_from_weights, merges
 from reap2gguf.pruning.protection import check_protection
-from reap2gguf.pruning.select import Kept, Target, choose_target
-from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.ik.workers import check_installed
 from reap2gguf.quantizing.labels import LabelledFile, label_warnings
 from reap2gguf.quantizing.minimum import check_needed
 from reap2gguf.repairing.limits import check_repair
 
 if TYPE_CHECKING:
+    from reap2gguf.bundle.budget import BudgetRecord
     from reap2gguf.bundle.choice import ChoiceRecord
     from reap2gguf.calibration.scanned_files import ScannedFiles
     from reap2gguf.calibration.spec import Calibration
@@ -74,6 +74,8 @@ if TYPE_CHECKING:
     from reap2gguf.hub.source import Source
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.options import BuildOptions
+    from reap2gguf.pruning.select import Target
+    from reap2gguf.pruning.view import PrunedView
     from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 
@@ -99,6 +101,14 @@ class Plan:
     imatrix: GivenImatrix | None = None  # None: the build computes it
     sized: SizedFile | None = None  # the last file, if its types are chosen in the build
     choice: ChoiceRecord | None = None  # of a method, once it was made
+    counts: tuple[int, ...] = ()  # of experts that are weighed; none: the number was named
+    budget: BudgetRecord | None = None  # what each of them costs, once it was weighed
+    unweighed: Plan | None = None  # this plan before that
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the build still has to find how many experts stay."""
+        return bool(self.counts) and self.budget is None
 
     @property
     def observes(self) -> bool:
@@ -160,6 +170,12 @@ class Plan:
     @property
     def takes_sums(self) -> bool:
         """Whether the pass that ranks the experts takes the sums of the importance matrix, too."""
+        is_asked = self.options.imatrix_from == "source"
+        return self.observes and (is_asked or (bool(self.counts) and self.imatrix is None))
+
+    @property
+    def quantizes_by_sums(self) -> bool:
+        """Whether these sums are the importance matrix of the files."""
         return self.observes and self.options.imatrix_from == "source"
 
     @property
@@ -170,7 +186,7 @@ class Plan:
     @property
     def computes_imatrix(self) -> bool:
         """Whether the build makes a calibration pass for the importance matrix alone."""
-        return self.imatrix is None and not self.takes_sums and not self.slices
+        return self.imatrix is None and not self.quantizes_by_sums and not self.slices
 
     @property
     def reads_rows(self) -> bool:
@@ -310,7 +326,8 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     check_with_transformers(model)
     caveats = tokenizer_notes(checkpoint, model)
     given_kept = given_kept_of(options, model.facts)
-    target = choose_target(model.facts, options.keep_experts, options.compression)
+    opened = Opened(checkpoint, model, source.short_name)
+    options, counts, target = asked_target(options, opened)
     if given_kept is not None:
         target = given_kept.target
     check_gguf_options(options, checkpoint, target, note)
@@ -321,7 +338,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
             "--dequantize: no expert is removed, so no safetensors are written; leave it out, or "
             "pass --keep-experts"
         )
-    pruned = _with_first_experts(checkpoint, model, target)
+    pruned = with_first_experts(checkpoint, model, target)
     tensors = pruned.model.gguf_tensors(pruned.tensors)
     recipes = recipes_of(asked.recipes, checkpoint, model, tensors, target, options)
     name = bundle_name(options, source, target, note)
@@ -334,6 +351,8 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         check_merge(checkpoint, model, *how)
     elif target.prunes and given_kept is None:
         check_protection(options.protection, seen, options.method, target, model.facts)
+    if counts:
+        check_matrix(options, opened, observations)
     imatrix = given_imatrix(options, model.facts, tensors, observations)
     weighted = pruned.model.weighted_matrices() if imatrix is None else imatrix.imatrix.entries
     sized, recipes = with_sized(options, source.label, name, pruned, weighted, recipes)
@@ -358,6 +377,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         observations=observations,
         imatrix=imatrix,
         sized=sized,
+        counts=counts,
     )
     check_installed(recipes)
     for recipe in () if plan.slices else recipes:
@@ -382,12 +402,6 @@ def _as_asked(checkpoint: Checkpoint, options: BuildOptions, note: Note) -> Chec
     if checkpoint.decoding is None:
         note(f"--dequantize: {checkpoint.folder.name} is not quantized, so it changes nothing")
     return checkpoint.dequantized()
-
-
-def _with_first_experts(checkpoint: Checkpoint, model: MoeModel, target: Target) -> PrunedView:
-    """The model with the first experts of each layer: of the sizes that any choice has."""
-    first_ones: Kept = {layer: tuple(range(target.n_kept)) for layer in model.facts.moe_layers}
-    return PrunedView(checkpoint, model, first_ones)
 
 
 def _observations(

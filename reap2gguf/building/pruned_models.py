@@ -14,6 +14,9 @@ from reap2gguf.files import is_plain
 from reap2gguf.gguf_files.imatrix_coverage import shapes_of
 from reap2gguf.gguf_files.imatrix_fit import n_blocks, n_experts_of
 from reap2gguf.gguf_files.reader import read_gguf_header
+from reap2gguf.gguf_files.split import read_whole_header
+from reap2gguf.models.description import is_of_experts
+from reap2gguf.models.gguf_keys import block_of
 from reap2gguf.pruning.write import KEPT_FILE
 from reap2gguf.verifying.against_source import read_kept
 from reap2gguf.verifying.hf_folder import open_folder
@@ -54,11 +57,13 @@ class PrunedModel:
 
 
 def read_pruned(folder: Path) -> PrunedModel:
-    """A pruned model, from either folder of a bundle or from a folder that `prune` wrote.
+    """A pruned model, from either folder of a bundle or from what `prune` wrote.
 
-    Raises UsageError if the folder is none of these, ArtifactError if its record is broken, and
-    VerificationError if its safetensors are.
+    That is a folder, or a GGUF file, of several parts the first. Raises UsageError if it is none of
+    these, ArtifactError if its record is broken, and VerificationError if its safetensors are.
     """
+    if folder.is_file():
+        return _of_pruned_gguf(folder)
     if is_plain(folder / MANIFEST_FILE):
         return _of_bundle(folder)
     if is_plain(folder / KEPT_FILE):
@@ -90,6 +95,35 @@ def _of_bundle(folder: Path) -> PrunedModel:
         f"{folder}: neither the safetensors nor a whole GGUF file of the bundle are there, so the "
         "names of its tensors are not known; download one of them too"
     )
+
+
+def _of_pruned_gguf(path: Path) -> PrunedModel:
+    """What a GGUF file says of itself. Raises UsageError for one that was not pruned here."""
+    header = read_whole_header(path)
+    shapes, mtp_block = _of_gguf([part.path for part in header.headers])
+    blocks = (block_of(name) for name in shapes if is_of_experts(name))
+    layers = sorted({block for block in blocks if block is not None})
+    origins = []
+    for prefix, count in (("", "source_expert_count"), ("original.", "original.expert_count")):
+        kept = header.metadata.get(f"reap2gguf.{prefix}kept_experts")
+        n_experts = header.metadata.get(f"reap2gguf.{count}")
+        if not isinstance(kept, list) or type(n_experts) is not int or not layers:
+            continue
+        each = len(kept) // len(layers)
+        if each != n_experts_of(shapes) or not all(type(one) is int for one in kept):
+            raise ArtifactError(
+                f"{path}: its reap2gguf.{prefix}kept_experts do not fit its tensors"
+            )
+        if not 0 <= min(kept) <= max(kept) < n_experts:
+            raise ArtifactError(f"{path}: names experts that its source did not have")
+        by_layer = {layer: kept[at * each : (at + 1) * each] for at, layer in enumerate(layers)}
+        origins.append(Origin(_layers(by_layer), n_experts))
+    if not origins:
+        raise UsageError(
+            f"{path}: does not say which experts it keeps; pass a GGUF file that `prune` or "
+            "`build` wrote, or a folder of theirs"
+        )
+    return PrunedModel(shapes, tuple(origins), mtp_block)
 
 
 def _layers(kept: Mapping[int, object]) -> Kept:

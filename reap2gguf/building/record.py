@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -50,6 +50,7 @@ from reap2gguf.errors import VerificationError
 from reap2gguf.ggml import load_ggml
 from reap2gguf.gguf_files.imatrix_coverage import layer_hits
 from reap2gguf.pruning.coverage import coverage_record, importance_record
+from reap2gguf.quantizing.ik.workers import PACKAGE, package_version
 from reap2gguf.verifying.report import passed_summary
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence, written: PrunedV
     passed = list(evidence.checks)
     manifest = Manifest(
         name=plan.name,
-        program=program_versions(),
+        program={**program_versions(), **ik_versions(plan.recipes)},
         source=_source_record(plan, evidence.kept),
         pruning=_pruning_record(plan, evidence),
         calibration=_calibration_record(plan, evidence),
@@ -112,6 +113,7 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence, written: PrunedV
         evaluation=evidence.evaluation,
         has_observations=evidence.observations is not None,
         choice=plan.choice,
+        budget=plan.budget,
     )
     return _write(plan, work, evidence, manifest)
 
@@ -240,7 +242,7 @@ def _options_record(plan: Plan) -> OptionsRecord:
     text = options.imatrix_text
     return OptionsRecord(
         keep_experts=options.keep_experts,
-        compression=options.compression,
+        compression=options.ratio,
         name=options.name,
         method=options.method,
         mtp=options.mtp,
@@ -354,6 +356,12 @@ def program_versions() -> dict[str, str]:
         found["reap2gguf commit"] = commit
     found["ggml"] = load_ggml().label
     return found
+
+
+def ik_versions(recipes: Iterable[ResolvedRecipe]) -> dict[str, str]:
+    """The version of the package that makes types of ik_llama.cpp, if any recipe has some."""
+    has_some = any(recipe.recipe.is_ik for recipe in recipes)
+    return {PACKAGE: package_version()} if has_some else {}
 
 
 def _own_commit() -> str | None:

@@ -16,14 +16,24 @@ from reap2gguf.building.keys import FIT_FORMAT, ggml_identity, stage_key
 from reap2gguf.exporting.header_facts import HeaderNames, pruning_values
 from reap2gguf.files import file_sha256
 from reap2gguf.fitting.errors_table import FORMAT, SAMPLED, Cache, Where
-from reap2gguf.fitting.fitted import Fitted, Named, Problem, fit, guess, tensor_bytes
+from reap2gguf.fitting.fitted import (
+    Fitted,
+    Named,
+    Problem,
+    fit,
+    fixed_types,
+    guess,
+    tensor_bytes,
+)
+from reap2gguf.fitting.probing import PROBE_FORMAT, Probing, probes_of
 from reap2gguf.fitting.solving import Budget, Measuring, budget_of, header_bytes
+from reap2gguf.fitting.target import MEASURED, TABLE
 from reap2gguf.gguf_files.imatrix import load_imatrix
 from reap2gguf.messages import size
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.labels import refuse_twice
 from reap2gguf.quantizing.overrides import read_overrides
-from reap2gguf.quantizing.recipe import check_label, load_recipe
+from reap2gguf.quantizing.recipe import check_label
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +43,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.stage import Run
     from reap2gguf.fitting.card import CardUse
     from reap2gguf.fitting.target import SizeTarget
+    from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.models.description import HeaderValue
     from reap2gguf.options import BuildOptions
     from reap2gguf.pruning.select import Kept
@@ -41,7 +52,6 @@ if TYPE_CHECKING:
 
 LABEL_KEY = "fit"  # names the file in --label fit=LABEL
 _ROOM = 2**12  # bytes of a header that a plan does not know, such as the names of datasets
-_SOME = "Q4_K_M"
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,7 @@ class SizedFile:
     fixed: Mapping[str, GGMLQuantizationType]  # types that the user gave tensors
     n_experts: int
     card: CardUse | None = None  # what was counted, for a GPU
+    n_probes: int = 0  # by which it is measured how much an error in each tensor counts
     # how many values are quantized to each type, to measure it
     sampled: Mapping[GGMLQuantizationType, int] = field(default_factory=dict)
 
@@ -115,7 +126,10 @@ def plan_sized(
     named = Named(target.label.lower(), label, target)
     sized = SizedFile(target, named, {}, view.n_kept)
     sized = replace(
-        sized, fixed=_fixed(options.tensor_types, sized.problem((view, view.model), weighted))
+        sized,
+        fixed=fixed_types(
+            read_overrides(options.tensor_types), sized.problem((view, view.model), weighted)
+        ),
     )
     problem = sized.problem((view, view.model), weighted)
     names = HeaderNames(name, None, tuple(own))
@@ -123,9 +137,16 @@ def plan_sized(
     budget = budget_of(target, problem, view.model, header)
     guessed = guess(named, problem, budget.types, budget.n_bytes).resolved
     given = {tensor: one.name for tensor, one in sorted(sized.fixed.items())}
-    source = f"# chosen in the build: {target!r}, {given}, format {FIT_FORMAT}\n"
+    how = "" if options.sensitivity == TABLE else f", sensitivity {options.sensitivity}"
+    source = f"# chosen in the build: {target!r}, {given}, format {FIT_FORMAT}{how}\n"
     recipe = replace(guessed.recipe, source=source)
-    sized = replace(sized, card=budget.card, sampled=_sampled(problem, budget))
+    measures = options.sensitivity == MEASURED
+    sized = replace(
+        sized,
+        card=budget.card,
+        sampled=_sampled(problem, budget),
+        n_probes=len(probes_of(problem, view.model.facts)) if measures else 0,
+    )
     return sized, replace(guessed, recipe=recipe)
 
 
@@ -136,14 +157,6 @@ def _sampled(problem: Problem, budget: Budget) -> dict[GGMLQuantizationType, int
         for one in problem.types_for(tensor, budget.types):
             found[one] += min(SAMPLED, prod(tensor.shape))
     return found
-
-
-def _fixed(tensor_types: Sequence[str], problem: Problem) -> dict[str, GGMLQuantizationType]:
-    """The tensors that the command line gives types, and these types."""
-    if not tensor_types:
-        return {}
-    given = problem.resolve(load_recipe(_SOME).with_overrides(read_overrides(tensor_types)))
-    return {one.tensor.name: one.tensor_type for one in given.table if one.rule is not None}
 
 
 def choose_types(
@@ -165,16 +178,32 @@ def choose_types(
     header = header_bytes(weights, model, names, sized.named.name, (imatrix, imatrix_file.name))
     budget = budget_of(sized.target, problem, model, header)
     identity = weights.identity if isinstance(weights, PrunedView) else ""
-    key = stage_key(
-        FORMAT, run.keys.pruned_of(kept, identity), file_sha256(imatrix_file), ggml_identity()
-    )
-    cache = Cache(run.work.shared / "type-errors" / f"{key}.json", key)
-    make_folder(cache.path.parent)
+    of = run.keys.pruned_of(kept, identity), file_sha256(imatrix_file), ggml_identity()
+    cache = _cache(run, "type-errors", stage_key(FORMAT, *of))
     where = Where(compute.device, compute.threads)
     errors = Measuring(weights, imatrix, cache, where).errors(problem, budget, run.progress)
-    found = fit(sized.named, problem, errors, budget.types, budget.n_bytes)
+    counts = None
+    if sized.n_probes:
+        counts = _probing(run, reference, imatrix, of).sensitivities(problem, errors, run.progress)
+    found = fit(sized.named, problem, errors, budget.types, budget.n_bytes, counts)
     run.progress.note(_words(sized, found, header))
     return found
+
+
+def _cache(run: Run, folder: str, key: str) -> Cache:
+    """A file that all builds of this output share. Raises OutputError."""
+    cache = Cache(run.work.shared / folder / f"{key}.json", key)
+    make_folder(cache.path.parent)
+    return cache
+
+
+def _probing(run: Run, reference: Reference, imatrix: Imatrix, of: Sequence[object]) -> Probing:
+    """What measures how much an error in each tensor counts; `of` is what it depends on."""
+    assert run.probe_text is not None  # only a build that runs chooses types
+    compute, text = run.plan.options.compute, run.probe_text()
+    where = compute.likely_device, compute.likely_dtype
+    key = stage_key(PROBE_FORMAT, *of, text.sha256, where)
+    return Probing(*reference, imatrix, text, _cache(run, "sensitivities", key))
 
 
 def _words(sized: SizedFile, found: Fitted, header: int) -> str:

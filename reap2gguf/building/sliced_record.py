@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.records import GgufRecord
-from reap2gguf.gguf_files.split import parse_part_name, part_name
+from reap2gguf.gguf_files.part_names import parse_part_name, part_name
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.workdir import Workdir
     from reap2gguf.bundle.manifest import Manifest
+    from reap2gguf.fitting.probing import ProbedText
     from reap2gguf.observing.sweep_plan import HasRoom
     from reap2gguf.progress import Progress
 
@@ -187,6 +188,8 @@ class Run:
     costs: list[StageCost] = field(default_factory=list)
     joint: Joint = field(default_factory=Joint)  # of the stages that run now
     held: ExitStack = field(default_factory=ExitStack)  # closes files that stages have opened
+    # the text that probes are measured on; set where the build runs: what evaluates loads torch
+    probe_text: Callable[[], ProbedText] | None = None
 
     def __post_init__(self) -> None:
         self.listener = self.progress

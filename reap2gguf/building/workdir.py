@@ -166,6 +166,15 @@ class Workdir:
         is_fresh = fresh or self.is_fresh
         write_whole(self.root / _IDENTITY, json.dumps({**identity, "fresh": is_fresh}))
 
+    def keep_all(self) -> None:
+        """Go on without safetensors: all experts stay, as the build has found out.
+
+        Raises OutputError if the result would replace only one folder of a bundle that has two.
+        """
+        self._check_no_hf()
+        self.has_hf = False
+        remove(self.hf)
+
     def finish_interrupted(self) -> None:
         """Finish an interrupted `finalize`, of a build or of an addition."""
         build = replace(self, is_addition=False)

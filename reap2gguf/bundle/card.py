@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf.bundle.card_budget import budget_section
 from reap2gguf.bundle.card_calibration import (
     at_revision,
     calibration_facts,
@@ -108,6 +109,7 @@ GGUF files for llama.cpp, Ollama and LM Studio are in {names.link(names.gguf)}."
         f"## In numbers\n\n{_facts_table(manifest)}",
         use,
         quality_section(manifest, of_files=False),
+        budget_section(manifest),
         candidates_section(manifest),
         experts_section(manifest),
         caveats_section(manifest, ()),
@@ -192,6 +194,7 @@ def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> st
         f"{imatrix_text(manifest)}{check}",
         use_section(manifest, names, samples),
         quality_section(manifest, of_files=True),
+        budget_section(manifest),
         candidates_section(manifest),
         experts_section(manifest),
         f"## In numbers\n\n{_facts_table(manifest)}",

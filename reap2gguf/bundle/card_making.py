@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 _AIMER = "https://arxiv.org/abs/2603.18492"
 _MOST_NAMED = 64  # protected experts in a card
 _MOST_IDS = 20_000  # in a card; more are only in the manifest
-_LISTED = ("reap2gguf", "ggml", "torch", "transformers", "python", "reap2gguf commit")
+_LISTED = (
+    "reap2gguf",
+    "ggml",
+    "ik-llama-cpp-python",
+    "torch",
+    "transformers",
+    "python",
+    "reap2gguf commit",
+)
 _REAP_CITATION = """\
 @article{lasby-reap,
   title   = {{REAP} the Experts: Why Pruning Prevails for One-Shot {MoE} Compression},

@@ -20,6 +20,7 @@ from reap2gguf.bundle.bounds import (
     layer_number,
     layer_tokens,
 )
+from reap2gguf.bundle.budget import BudgetRecord, budget_of_json
 from reap2gguf.bundle.choice import ChoiceRecord, choice_of
 from reap2gguf.bundle.evaluation import Evaluation, evaluation_of
 from reap2gguf.bundle.layout import MANIFEST_FILE, PICTURES
@@ -115,6 +116,7 @@ class Manifest:
     evaluation: Evaluation | None = None  # None: quality was not measured
     has_observations: bool = False  # whether the GGUF folder has those of `pruning`
     choice: ChoiceRecord | None = None  # None: the method was named, or nothing was pruned
+    budget: BudgetRecord | None = None  # None: the number of experts was named
     pictures: Sequence[str] = ()  # in the GGUF folder, some of them also beside the safetensors
 
     @property
@@ -234,6 +236,7 @@ def _decode(values: dict[str, Any]) -> Manifest:
         evaluation=_evaluation(values.get("evaluation")),
         has_observations=_flag("has_observations", values.get("has_observations", False)),
         choice=_choice(values.get("choice")),
+        budget=_budget(values.get("budget")),
         pictures=_pictures(values.get("pictures", [])),
         made_with=_made_with(values.get("made_with", {})),
         written_by=_version(values.get("written_by", "")),
@@ -287,6 +290,14 @@ def _choice(values: Any) -> ChoiceRecord | None:
     if not isinstance(values, dict):
         raise TypeError(f"choice is {shown(values)}, expected a record")
     return choice_of(values)
+
+
+def _budget(values: Any) -> BudgetRecord | None:
+    if values is None:
+        return None
+    if not isinstance(values, dict):
+        raise TypeError(f"budget is {shown(values)}, expected a record")
+    return budget_of_json(values)
 
 
 def _flag(name: str, value: Any) -> bool:

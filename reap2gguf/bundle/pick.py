@@ -16,7 +16,7 @@ from reap2gguf.bundle.layout import (
 )
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.errors import UsageError
-from reap2gguf.gguf_files.split import parse_part_name
+from reap2gguf.gguf_files.part_names import parse_part_name
 from reap2gguf.messages import shown
 
 
@@ -36,6 +36,7 @@ class _Candidate:
     path: Path
     label: str
     recipe: str
+    is_ik: bool = False  # whether only ik_llama.cpp loads it
 
     @property
     def shown_as(self) -> str:
@@ -50,7 +51,8 @@ def pick(path: Path, wanted: str | None) -> ModelFile:
     """The GGUF file that `path` is or holds; `wanted` is a quant type, a recipe or a file name.
 
     `path` is a GGUF file, a NAME-GGUF folder, the NAME folder beside it, OUTPUT/NAME, or an output
-    folder with one bundle. Without `wanted`, it is the bundle's first file. Raises UsageError if
+    folder with one bundle. Without `wanted`, it is the bundle's first file
+    that llama.cpp loads. Raises UsageError if
     there is no such file, ArtifactError if the bundle's manifest is broken.
     """
     if os.path.isfile(path):
@@ -65,12 +67,13 @@ def pick(path: Path, wanted: str | None) -> ModelFile:
         matching = [candidate for candidate in candidates if candidate.matches(wanted)]
         if not matching:
             raise UsageError(f"{folder}: no file {shown(wanted)}; it has {', '.join(names)}")
-    chosen = matching[0]
+    # by itself a file that llama.cpp loads is taken, as the bundle's instructions name one
+    chosen = next((one for one in matching if not one.is_ik), matching[0])
     return ModelFile(
         path=chosen.path,
         name=_model_name(chosen.path),
         mmproj=vision_projector(folder),
-        others=tuple(names[1:]) if wanted is None else (),
+        others=tuple(name for name in names if name != chosen.shown_as) if wanted is None else (),
         recipe=chosen.recipe,
     )
 
@@ -97,7 +100,7 @@ def _candidates(folder: Path) -> Sequence[_Candidate]:
     if (folder / MANIFEST_FILE).is_file():
         manifest = Manifest.load(folder)
         found = [
-            _Candidate(path, record.label, record.recipe)
+            _Candidate(path, record.label, record.recipe, record.is_ik)
             for record in manifest.gguf
             if (path := _present(folder / record.file)) is not None
         ]

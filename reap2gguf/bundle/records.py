@@ -51,6 +51,14 @@ class SourceRecord:
         """What --source takes: the folder or repository, or the GGUF file."""
         return self.label if self.gguf is None else self.gguf.file
 
+    @property
+    def at_commit(self) -> str | None:
+        """The same of a model on the Hub, at its commit; None for what was a folder or a file."""
+        if self.revision is None:
+            return None
+        file = "" if self.gguf is None else f":{self.gguf.file.rpartition(':')[2]}"
+        return f"{self.label}@{self.revision}{file}"
+
 
 @dataclass(frozen=True)
 class MtpRecord:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class StoredTensor:
     name: str
     dtype: str  # safetensors' name, such as "BF16"
     shape: tuple[int, ...]
+    # what these values are decoded from, such as "MXFP4"; "" if they are stored as they are
+    coded: str = field(default="", kw_only=True)
 
     @property
     def n_elements(self) -> int:

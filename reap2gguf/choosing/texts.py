@@ -69,11 +69,16 @@ def other_text(
         return _checked(path.name, chunk_text(text, tokenizer, size, path.name), vocabulary)
     if any(one.name == DEFAULT_MIX for one in calibration.components):
         return None
+    return embedded_text(tokenizer, vocabulary, size, MOST_CHUNKS)
+
+
+def embedded_text(tokenizer: Tokenizer, vocabulary: int, size: int, n_chunks: int) -> MeasuredText:
+    """About so many chunks of `size` tokens of the texts that travel with the package."""
     folder, chunks = shipped_folder("calibration"), list[Sequence["Row"]]()
     for name in EMBEDDED:
         text = (folder / name).read_text(encoding="utf-8")
         found = chunk_text(text, tokenizer, size, name)
-        chunks.append(_some(found, MOST_CHUNKS // len(EMBEDDED)))
+        chunks.append(_some(found, n_chunks // len(EMBEDDED)))
     return _checked(EMBEDDED_LABEL, [row for part in chunks for row in part], vocabulary)
 
 

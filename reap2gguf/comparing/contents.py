@@ -139,6 +139,8 @@ def contents_of_checkpoint(checkpoint: Checkpoint, model: MoeModel) -> Contents:
     mtp = () if facts.mtp_layer is None else (facts.mtp_layer,)
     counted: list[_Counted] = []
     for tensor in tensors:
+        if tensor.made is not None:
+            continue  # it follows from the config, and nothing of it is stored
         first = stored[tensor.slabs[0].stored]
         # of a tensor that several are made of, the share of each
         n_bytes = math.prod(tensor.shape) * checkpoint.stored_bytes(first.name) // first.n_elements

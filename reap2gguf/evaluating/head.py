@@ -175,9 +175,12 @@ def _pieces(batch: ScoredBatch, own: slice) -> list[tuple[Span, Tensor]]:
 
 def logits_of(run: VariantRun, normed: Tensor, block: Tensor) -> Tensor:
     """A variant's logits (n, B) in float32 of normed hidden states (n, H) and rows of its head."""
-    found = product(normed, block)
-    divisor = run.decoder.model.logits_divisor
-    return found if divisor == 1 else found.div_(divisor)
+    found, model = product(normed, block), run.decoder.model
+    if model.logits_divisor != 1:
+        found.div_(model.logits_divisor)
+    if model.logit_cap is not None:
+        found.div_(model.logit_cap).tanh_().mul_(model.logit_cap)
+    return found
 
 
 def product(hidden: Tensor, block: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from reap2gguf.evaluating.variants import Variant
 from reap2gguf.gguf_files.split import read_whole_header
 from reap2gguf.gguf_source.weights import GgufWeights
 from reap2gguf.hub.opened import open_model
+from reap2gguf.models.from_gguf import model_from_gguf
+from reap2gguf.models.table import BY_GGUF
 
 if TYPE_CHECKING:
     from reap2gguf.gguf_files.reader import GgufHeader
@@ -47,8 +49,7 @@ class OpenVariants:
         Raises ArtifactError if it is broken, EvaluationError if no variant so far has its shape.
         """
         header = read_whole_header(path)
-        template = self._template(header)
-        weights = GgufWeights(header, template.model, template.weights.tensors)
+        weights = self._weights(header)
         n_bytes = sum(info.n_bytes for info in header.tensors.values())
         bits = 8 * n_bytes / weights.n_parameters
         name = self._free_name(path) if name is None else name
@@ -57,6 +58,20 @@ class OpenVariants:
         self.variants.append(
             Variant(name, "gguf", weights, weights.model, n_bytes, bits, stamps, path)
         )
+
+    def _weights(self, header: GgufHeader) -> GgufWeights:
+        """The weights of a file, under the names that a variant has.
+
+        Beside a source that is a GGUF file too, no folder has those of the pruned model: then they
+        come from its own header.
+        """
+        count = header.metadata.get(f"{header.metadata.get('general.architecture')}.expert_count")
+        is_other = all(one.model.facts.n_experts != count for one in self.variants)
+        if is_other and any(one.weights.gguf is not None for one in self.variants):
+            found = model_from_gguf(header, BY_GGUF)
+            return GgufWeights(header, found.model, found.template)
+        template = self._template(header)
+        return GgufWeights(header, template.model, template.weights.tensors)
 
     def _template(self, header: GgufHeader) -> Variant:
         """The variant whose names and shapes a GGUF file has: one with as many experts."""
@@ -94,7 +109,7 @@ class OpenVariants:
             checkpoint.n_bytes,
             bits,
             f"{checkpoint.fingerprint()} {checkpoint.stamps()}",
-            opened.source.folder if opened.source.snapshot is None else None,
+            None if opened.source.snapshot or opened.source.gguf_name else opened.source.folder,
         )
         self.variants.append(variant)
 

@@ -117,8 +117,9 @@ def _keys(recipes: Iterable[ResolvedRecipe], weighted: Collection[str]) -> set[W
     """The types of all tensors, with importance or without, as an export asks for them."""
     types_of: dict[str, set[GGMLQuantizationType]] = {}
     for recipe in recipes:
-        for name, tensor_type in recipe.tensor_types().items():
-            types_of.setdefault(name, set()).add(tensor_type)
+        for entry in recipe.table:
+            if not entry.is_copied:
+                types_of.setdefault(entry.tensor.name, set()).add(entry.tensor_type)
     return {
         (one, is_weighted(name, types, weighted))
         for name, types in types_of.items()

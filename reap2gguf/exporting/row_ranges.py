@@ -34,6 +34,7 @@ from reap2gguf.gguf_files.rows import (
     rows_per_matrix,
     stored_bytes,
 )
+from reap2gguf.gguf_files.stored_blocks import read_blocks
 from reap2gguf.quantizing.stored_rows import StoredRows
 
 if TYPE_CHECKING:
@@ -110,8 +111,12 @@ class BlockMaker:
     ) -> npt.NDArray[np.uint8]:
         """Whole rows of a range as bytes (rows, bytes of a row).
 
-        Raises CheckpointError for a value beyond the type's range.
+        Blocks that the checkpoint has in this type are copied: quantizing their values again would
+        make other blocks of the same values. Raises CheckpointError for a value beyond the type's
+        range.
         """
+        if rows.tensor.is_copied_as(tensor_type):
+            return read_blocks(self.weights, rows.tensor, rows.slab, rows.first, rows.last)
         with self.named(rows):
             importance = self.importance_of(rows, (tensor_type,))
             return self.quantizer.quantize(values, tensor_type, importance)
@@ -137,19 +142,32 @@ class BlockMaker:
         """
         made: dict[GGMLQuantizationType, list[npt.NDArray[np.uint8]]] = {one: [] for one in types}
         for rows in batch:
-            values = self._read_stored(rows)
-            largest = values.largest
-            if largest == float("inf"):
-                raise self.not_finite(rows)
-            for tensor_type, parts in made.items():
-                data = self.quantize(rows, values, tensor_type)
-                if is_tiny(largest, tensor_type):
-                    self.check_precision(rows, values.values, tensor_type, data)
-                parts.append(data)
+            for tensor_type, data in self._made_of(rows, made):
+                made[tensor_type].append(data)
         return {
             one: parts[0] if len(parts) == 1 else np.concatenate(parts)
             for one, parts in made.items()
         }
+
+    def _made_of(
+        self, rows: RowRange, types: Iterable[GGMLQuantizationType]
+    ) -> Iterator[tuple[GGMLQuantizationType, npt.NDArray[np.uint8]]]:
+        """A range as bytes of each type; values are read only where blocks are made of them."""
+        copied = [one for one in types if rows.tensor.is_copied_as(one)]
+        for tensor_type in copied:
+            where = rows.first, rows.last
+            yield tensor_type, read_blocks(self.weights, rows.tensor, rows.slab, *where)
+        if not (others := [one for one in types if one not in copied]):
+            return
+        values = self._read_stored(rows)
+        largest = values.largest
+        if largest == float("inf"):
+            raise self.not_finite(rows)
+        for tensor_type in others:
+            data = self.quantize(rows, values, tensor_type)
+            if is_tiny(largest, tensor_type):
+                self.check_precision(rows, values.values, tensor_type, data)
+            yield tensor_type, data
 
     def importance_of(self, rows: RowRange, types: Iterable[GGMLQuantizationType]) -> Floats | None:
         """The importance (columns,) of a matrix for these types.

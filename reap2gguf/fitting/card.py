@@ -4,8 +4,8 @@ Counted from the keys of the file's header, as llama.cpp 0.3.36 (of llama-cpp-py
 
 - cache: keys and values of all cells of the context, a multiple of 256, as F16, in every layer of
   the trunk with attention. A latent attention (DeepSeek) has latents in place of both.
-- state: of layers with a recurrence (Gated DeltaNet, Mamba-2) or a short convolution, for one
-  sequence, as F32. It does not grow with the context.
+- state: of layers with a recurrence (Gated DeltaNet, Kimi Delta Attention, Mamba-2) or a short
+  convolution, for one sequence, as F32. It does not grow with the context.
 - compute: a bound for the buffer of a batch of 512 tokens with flash attention: their logits, the
   mask of the context, and what one layer computes.
 - reserve: 512 MiB for the driver, its libraries and the desktop.
@@ -126,6 +126,9 @@ class _Header:
         if (reach := self.get(Keys.ShortConv.L_CACHE)) is not None:
             return self._facts.hidden_size * (int(reach) - 1)
         ssm = Keys.SSM
+        if (head := self.get(Keys.KDA.HEAD_DIM)) is not None:
+            width = self._facts.n_heads * int(head)  # of queries, keys and values each
+            return 3 * (self.number(ssm.CONV_KERNEL, 1) - 1) * width + width * int(head)
         inner, size = self.number(ssm.INNER_SIZE, 0), self.number(ssm.STATE_SIZE, 0)
         channels = inner + 2 * self.number(ssm.GROUP_COUNT, 0) * size
         return (self.number(ssm.CONV_KERNEL, 1) - 1) * channels + inner * size

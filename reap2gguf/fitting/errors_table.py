@@ -34,7 +34,7 @@ from reap2gguf.exporting.row_ranges import RowRange, batched
 from reap2gguf.files import plain_size
 from reap2gguf.ggml import NEEDS_IMPORTANCE, is_tiny
 from reap2gguf.gguf_files.rows import rows_per_matrix, stored_bytes
-from reap2gguf.gguf_files.tensor_types import block_of
+from reap2gguf.gguf_files.tensor_types import block_of, row_bytes
 
 if TYPE_CHECKING:
     from reap2gguf.exporting.device_blocks import Making
@@ -70,12 +70,19 @@ class Where:
 
 
 def types_for(tensor: GgufTensor, is_weighted: bool, types: Sequence[Type]) -> list[Type]:
-    """Those of some types that a tensor can have."""
-    return [
+    """Those of some types that a tensor can have.
+
+    A tensor that is stored in blocks of a file's type can stay so, and no larger type holds more.
+    """
+    found = [
         one
         for one in types
         if tensor.n_columns % block_of(one)[0] == 0 and (is_weighted or one not in NEEDS_IMPORTANCE)
     ]
+    if (kept := tensor.block_type) is None:
+        return found
+    most = row_bytes(kept, tensor.n_columns)
+    return [*(one for one in found if row_bytes(one, tensor.n_columns) < most), kept]
 
 
 def sampled_rows(tensor: GgufTensor) -> Iterator[RowRange]:

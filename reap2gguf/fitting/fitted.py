@@ -95,7 +95,10 @@ class Problem:
             block, n_bytes = GGML_QUANT_SIZES[one]
             of_type[one.name] = 2.0 ** (-16 * n_bytes / block)
         return {
-            tensor.name: {one.name: of_type[one.name] for one in self.types_for(tensor, types)}
+            tensor.name: {
+                one.name: 0.0 if tensor.is_copied_as(one) else of_type[one.name]
+                for one in self.types_for(tensor, types)
+            }
             for tensor in self.to_measure()
         }
 
@@ -104,6 +107,14 @@ def free_tensors(tensors: Sequence[GgufTensor]) -> list[GgufTensor]:
     """Those whose type a recipe chooses: not the ones that llama.cpp never quantizes."""
     some = load_recipe(_SOME)
     return [tensor for tensor in tensors if fixed_type(tensor, some) is None]
+
+
+def fixed_types(overrides: tuple[Rule, ...], problem: Problem) -> dict[str, Type]:
+    """The tensors that the user's own rules give types, and these types."""
+    if not overrides:
+        return {}
+    given = problem.resolve(load_recipe(_SOME).with_overrides(overrides))
+    return {one.tensor.name: one.tensor_type for one in given.table if one.rule is not None}
 
 
 def fixed_bytes(tensors: Sequence[GgufTensor]) -> int:
@@ -120,17 +131,24 @@ def tensor_bytes(tensor: GgufTensor, tensor_type: Type) -> int:
 
 
 def fit(
-    named: Named, problem: Problem, errors: Errors, types: Sequence[Type], budget: int
+    named: Named,
+    problem: Problem,
+    errors: Errors,
+    types: Sequence[Type],
+    budget: int,
+    weights: Mapping[str, float] | None = None,
 ) -> Fitted:
     """The recipe with the least damage, whose tensors have at most `budget` bytes.
 
-    `errors` has the tensors whose types are a choice, and each one's possible types among `types`.
-    Raises UsageError if the budget is too small, and RecipeError if the types do not fit into
-    rules.
+    `weights` are those of each tensor's error; None: of its kind. `errors` has the tensors whose
+    types are a choice, and each one's possible types among `types`. Raises UsageError if the budget
+    is too small, and RecipeError if the types do not fit into rules.
     """
     free = problem.free
-    columns = [*types, *sorted({*problem.fixed.values()} - {*types})]
-    weights = sensitivities(tensor.name for tensor in free)
+    kept = {tensor.block_type for tensor in free if tensor.block_type is not None}
+    columns = [*types, *sorted({*problem.fixed.values(), *kept} - {*types})]
+    if weights is None:
+        weights = sensitivities(tensor.name for tensor in free)
     shape = len(free), len(columns)
     sizes, damages = np.zeros(shape, np.int64), np.full(shape, np.inf)
     for row, tensor in enumerate(free):

@@ -8,6 +8,10 @@ from reap2gguf.errors import UsageError
 from reap2gguf.messages import size
 
 DEFAULT_CONTEXT = 8192
+TABLE, MEASURED = SENSITIVITIES = ("table", "measured")  # how errors of tensors are weighed
+DEFAULT_SENSITIVITY = TABLE
+PROBE_CHUNK, PROBE_CHUNKS = 512, 8  # tokens of the rows that "measured" takes, and their number
+PROBE_TOKENS = PROBE_CHUNK * PROBE_CHUNKS
 MOST_BITS = 16.0
 _MOST_BYTES = 2**60
 _MOST_CONTEXT = 2**24
@@ -72,6 +76,14 @@ class SizeTarget:
         if self.size is not None:
             return f"a file of {size(self.size)}"
         return f"a GPU of {size(self.card or 0)} and a context of {self.context:,} tokens"
+
+
+def rounded_down(n_bytes: int) -> int:
+    """The largest size up to this one that a file's name can say in a few letters."""
+    for _, one in _UNITS[::2]:
+        if n_bytes >= one:
+            return int(int(100 * n_bytes / one) / 100 * one)
+    return n_bytes
 
 
 def _bytes(n_bytes: int) -> str:

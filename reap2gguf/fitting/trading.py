@@ -10,52 +10,40 @@ changed what the other does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from reap2gguf.building.given import read_imatrix
+from reap2gguf.bundle.budget import CountRecord
 from reap2gguf.errors import UsageError
+from reap2gguf.evaluating.figures import divergence
 from reap2gguf.evaluating.variants import Variant
 from reap2gguf.exporting.header_facts import HeaderNames
 from reap2gguf.exporting.row_ranges import BlockMaker
 from reap2gguf.fitting.errors_table import measure
-from reap2gguf.fitting.fitted import Named, Problem, fit, tensor_bytes
+from reap2gguf.fitting.fitted import Named, Problem, fit, fixed_types, tensor_bytes
 from reap2gguf.fitting.solving import budget_of, header_bytes
+from reap2gguf.fitting.target import SizeTarget, rounded_down
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.quantizer import load_quantizer
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from reap2gguf.building.given import GivenImatrix
     from reap2gguf.checkpoint.weights import Weights
-    from reap2gguf.evaluating.scores import ScoredRow
-    from reap2gguf.fitting.errors_table import Errors, Where
-    from reap2gguf.fitting.target import SizeTarget
+    from reap2gguf.evaluating.scores import Pair, Scores
+    from reap2gguf.fitting.errors_table import Cache, Errors, Where
     from reap2gguf.models.contract import MoeModel
-    from reap2gguf.options import ComputeOptions
+    from reap2gguf.models.description import GgufTensor
     from reap2gguf.progress import Progress
     from reap2gguf.pruning.select import Kept
+    from reap2gguf.quantizing.recipe import Rule
 
 _ROOM = 2**12  # bytes of a header that are not known here
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A number of experts that stays in each layer, and what it costs in all."""
-
-    n_experts: int
-    pruning: float  # KL divergence from the source, nats per token: measured
-    pruning_error: float  # standard error
-    quantizing: float | None = None  # the same for quantizing: predicted; None: it does not fit
-    bits_per_weight: float | None = None
-    n_bytes: int | None = None  # of the file
-    problem: str = ""  # why it does not fit
-
-    @property
-    def damage(self) -> float:
-        """Both together; infinite if no types make it small enough."""
-        return float("inf") if self.quantizing is None else self.pruning + self.quantizing
+# what variants give, and how far pairs of their names are apart
+Evaluates = Callable[[Sequence[Variant], Sequence["Pair"]], "Scores"]
+Costs = Mapping[int, tuple[float, float]]  # by number of experts, KL divergence and its error
+CacheOf = Callable[[int], "Cache"]  # where the errors are kept that hold for a number of experts
 
 
 @dataclass(frozen=True)
@@ -65,68 +53,95 @@ class Source:
     weights: Weights
     model: MoeModel
     name: str
-    imatrix: Path  # of this model
+    # the importance matrix of this model, for the tensors of a view of it
+    matrix: Callable[[Sequence[GgufTensor]], GivenImatrix]
+    overrides: tuple[Rule, ...] = ()  # of tensors whose types are no choice
 
     def view(self, kept: Kept) -> PrunedView:
         return PrunedView(self.weights, self.model, kept)
 
 
-def weigh(
-    source: Source,
-    choices: Mapping[int, Kept],
-    target: SizeTarget,
-    rows: Sequence[ScoredRow],
-    compute: ComputeOptions,
-    where: Where,
-    progress: Progress,
-) -> list[Candidate]:
-    """The damage of each number of experts, which `choices` maps to the experts that stay.
+@dataclass(frozen=True)
+class Weighing:
+    """Numbers of experts, mapped to the experts that stay, for one target."""
 
-    Raises UsageError if none of them fits the target, ArtifactError for an imatrix of another
-    model, and what `evaluate_variants` raises.
-    """
-    views = {count: source.view(kept) for count, kept in choices.items()}
-    # what is too large is known before anything is measured
-    problems = {count: _Problem.of(source, view, target) for count, view in views.items()}
-    if all(one.refusal for one in problems.values()):
-        raise UsageError(next(iter(problems.values())).refusal)
-    costs = _pruning_costs(source, views, rows, compute, progress)
-    known: Errors = {}
-    found = []
-    for count, problem in problems.items():
-        candidate = Candidate(count, *costs[count], problem=problem.refusal)
-        if not problem.refusal:
-            candidate, known = problem.solved(candidate, known, where, progress)
-        found.append(candidate)
-    return found
+    source: Source
+    choices: Mapping[int, Kept]
+    target: SizeTarget
 
+    @cached_property
+    def views(self) -> Mapping[int, PrunedView]:
+        """The model with each number of experts."""
+        return {count: self.source.view(kept) for count, kept in self.choices.items()}
 
-def _pruning_costs(
-    source: Source,
-    views: Mapping[int, PrunedView],
-    rows: Sequence[ScoredRow],
-    compute: ComputeOptions,
-    progress: Progress,
-) -> dict[int, tuple[float, float]]:
-    """Mean KL divergence of each view from the source, and its standard error."""
-    from reap2gguf.evaluating.engine import evaluate_variants  # loads torch
-    from reap2gguf.evaluating.figures import divergence
+    @cached_property
+    def _problems(self) -> Mapping[int, _Problem]:
+        """The choice of types with each number of experts."""
+        target = size_target(self.target, self.source)
+        return {n: _Problem.of(self.source, view, target) for n, view in self.views.items()}
 
-    n_all = source.model.facts.n_experts
-    pruned = {count: view for count, view in views.items() if count < n_all}
-    costs = {n_all: (0.0, 0.0)}
-    if not pruned:
+    def check(self) -> None:
+        """Raise UsageError if none fits the target, before anything is measured."""
+        if all(one.refusal for one in self._problems.values()):
+            raise UsageError(self._problems[min(self._problems)].refusal)
+
+    @property
+    def fitting(self) -> list[int]:
+        """The numbers of experts for which there are types that fit."""
+        return [count for count, one in self._problems.items() if not one.refusal]
+
+    def costs(self, evaluate: Evaluates) -> Costs:
+        """Mean KL divergence of each view from the source, and its standard error.
+
+        What evaluates is passed in, since it loads torch. Raises what it raises.
+        """
+        source = self.source
+        n_all = source.model.facts.n_experts
+        pruned = {count: view for count, view in self.views.items() if count < n_all}
+        costs = {n_all: (0.0, 0.0)}
+        if not pruned:
+            return costs
+        variants = [Variant("source", "source", source.weights, source.model, 0, 16.0)]
+        variants += [
+            Variant(str(count), "pruned", view, view.model, 0, 16.0)
+            for count, view in pruned.items()
+        ]
+        pairs = [("source", str(count)) for count in pruned]
+        scores = evaluate(variants, pairs)
+        for count in pruned:
+            mean = divergence(scores.pair("source", str(count))).mean
+            costs[count] = mean.value, mean.error
         return costs
-    variants = [Variant("source", "source", source.weights, source.model, 0, 16.0)]
-    variants += [
-        Variant(str(count), "pruned", view, view.model, 0, 16.0) for count, view in pruned.items()
-    ]
-    pairs = [("source", str(count)) for count in pruned]
-    scores = evaluate_variants(variants, rows, pairs, compute, progress)
-    for count in pruned:
-        mean = divergence(scores.pair("source", str(count))).mean
-        costs[count] = mean.value, mean.error
-    return costs
+
+    def weigh(
+        self, costs: Costs, where: Where, progress: Progress, cache_of: CacheOf | None = None
+    ) -> list[CountRecord]:
+        """The damage of each number of experts. Raises ArtifactError for an imatrix of another
+        model, and what measuring errors raises."""
+        shared: Errors = {}
+        found = []
+        for count, problem in self._problems.items():
+            record = CountRecord(count, *costs[count], problem=problem.refusal)
+            if not problem.refusal:
+                cache = None if cache_of is None else cache_of(count)
+                record, shared = problem.solved(record, shared, where, progress, cache)
+            found.append(record)
+        return found
+
+
+def size_target(target: SizeTarget, source: Source) -> SizeTarget:
+    """The target as a size that all numbers of experts share.
+
+    Bits per weight are those of the model with all its experts: per weight that stays, fewer
+    experts would save bytes and gain nothing.
+    """
+    if target.bpw is None:
+        return target
+    model = source.model
+    tensors = model.gguf_tensors(source.weights.tensors)
+    problem = Problem(tensors, model.facts, model.facts.n_experts, model.weighted_matrices())
+    header = header_bytes(source.weights, model, HeaderNames(source.name), "fit", None)
+    return SizeTarget(size=rounded_down(header + int(target.bpw * problem.n_weights / 8)))
 
 
 @dataclass(frozen=True)
@@ -146,6 +161,7 @@ class _Problem:
         model, weighted = view.model, view.model.weighted_matrices()
         tensors = model.gguf_tensors(view.tensors)
         problem = Problem(tensors, model.facts, view.n_kept, weighted)
+        problem = replace(problem, fixed=fixed_types(source.overrides, problem))
         header = _ROOM + header_bytes(view, model, HeaderNames(source.name), "fit", None)
         try:
             budget_of(target, problem, model, header)
@@ -154,30 +170,36 @@ class _Problem:
         return cls(view, problem, target, source, header)
 
     def solved(
-        self, candidate: Candidate, known: Errors, where: Where, progress: Progress
-    ) -> tuple[Candidate, Errors]:
-        """The candidate with its types chosen, and the errors that hold for other ones too."""
-        view, facts = self.view, self.source.model.facts
-        tensors = self.problem.tensors
-        given = read_imatrix(self.source.imatrix, tensors, facts.n_experts, facts.mtp_layer)
-        imatrix = given.of(view.kept)
-        problem = Problem(tensors, view.model.facts, view.n_kept, imatrix.entries)
+        self,
+        record: CountRecord,
+        known: Errors,
+        where: Where,
+        progress: Progress,
+        cache: Cache | None,
+    ) -> tuple[CountRecord, Errors]:
+        """The record with its types chosen, and the errors that hold for other numbers too."""
+        view, tensors = self.view, self.problem.tensors
+        imatrix = self.source.matrix(tensors).of(view.kept)
+        problem = replace(self.problem, weighted=imatrix.entries)
         budget = budget_of(self.target, problem, view.model, self.header)
         host = BlockMaker(view, load_quantizer(0), imatrix.entries)
         todo = problem.to_measure()
-        errors = measure(host, todo, budget.types, where, progress, known)
+        if cache is None:
+            errors = measure(host, todo, budget.types, where, progress, known)
+        else:
+            known = {**known, **cache.load(progress.note)}
+            errors = measure(host, todo, budget.types, where, progress, known, cache.save)
+            cache.save(errors)
         named = Named("fit", self.target.label, self.target)
         found = fit(named, problem, errors, budget.types, budget.n_bytes)
         n_bytes = self.header + sum(
             tensor_bytes(one.tensor, one.tensor_type) for one in found.resolved.table
         )
-        done = Candidate(
-            candidate.n_experts,
-            candidate.pruning,
-            candidate.pruning_error,
-            found.damage,
-            found.resolved.bits_per_weight,
-            n_bytes,
+        done = replace(
+            record,
+            quantizing=found.damage,
+            bits_per_weight=found.resolved.bits_per_weight,
+            n_bytes=n_bytes,
         )
         # tensors without experts are the same, whichever experts stay
         shared = {one.name for one in todo if one.n_matrices == 1}

@@ -47,6 +47,9 @@ def read_rows(
     weights: Weights, tensor: GgufTensor, slab: Slab, first: int, last: int
 ) -> npt.NDArray[np.float32]:
     """Rows [first, last) of one matrix, (last - first, columns), as GGUF is to hold them."""
+    if tensor.made is not None:
+        values = np.array(tensor.made, np.float32)
+        return values.reshape(-1, tensor.n_columns)[first:last]
     runs = _runs(tensor, slab, first, last)
     parts = [weights.read_float32(slab.stored, *run, slab.index) for run in runs]
     values = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -85,6 +88,8 @@ def stored_bytes(
 
 def expect_rows(weights: Weights, tensor: GgufTensor, slab: Slab, first: int, last: int) -> None:
     """Prefetch what `read_rows` will read; returns at once."""
+    if tensor.made is not None:
+        return
     for begin, end in _runs(tensor, slab, first, last):
         weights.expect(slab.stored, begin, end, slab.index)
 

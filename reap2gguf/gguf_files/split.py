@@ -12,7 +12,6 @@ gguf-split writes for the same cuts. Memory: the header and 4 MiB of tensors.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFValueType, Keys
 from reap2gguf.atomic import whole_file
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.files import is_own_file, is_plain, open_plain
+from reap2gguf.gguf_files.part_names import parse_part_name, part_name
 from reap2gguf.gguf_files.reader import KEYS_BEGIN, GgufHeader, GgufTensorInfo, read_gguf_header
 from reap2gguf.gguf_files.writer import encode_key, encode_start, encode_tensor_info, padded
 from reap2gguf.messages import shown
@@ -36,34 +36,7 @@ _NUMBER_KEY = Keys.Split.LLM_KV_SPLIT_NO
 _COUNT_KEY = Keys.Split.LLM_KV_SPLIT_COUNT
 TENSORS_KEY = Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT
 _MAX_PARTS = 2**16 - 1  # split.count has sixteen bits
-_PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _READ_BYTES = 2**21
-
-
-@dataclass(frozen=True)
-class PartName:
-    """The name of a part, taken apart."""
-
-    stem: str
-    number: int  # from zero
-    count: int
-
-
-def part_name(stem: str, number: int, count: int) -> str:
-    """The name of part `number` (from zero) of `count`.
-
-    >>> part_name("model-Q4_K_M", 0, 3)
-    'model-Q4_K_M-00001-of-00003.gguf'
-    """
-    return f"{stem}-{number + 1:05d}-of-{count:05d}.gguf"
-
-
-def parse_part_name(name: str) -> PartName | None:
-    """The reverse of `part_name`; None if the file is not called as a part."""
-    match = _PART_NAME.fullmatch(name)
-    if match is None:
-        return None
-    return PartName(match["stem"], int(match["number"]) - 1, int(match["count"]))
 
 
 def first_parts(paths: Iterable[Path]) -> list[Path]:

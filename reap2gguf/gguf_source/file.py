@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.files import is_gguf
-from reap2gguf.gguf_files.split import parse_part_name, read_whole_header
+from reap2gguf.gguf_files.part_names import parse_part_name
+from reap2gguf.gguf_files.split import read_whole_header
 from reap2gguf.gguf_source.folder import MadeFolder
 from reap2gguf.hub.gguf_file import HubGgufHeader, hub_gguf_name, open_hub_gguf
 from reap2gguf.hub.retry import Note, ignore_note

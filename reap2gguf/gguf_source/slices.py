@@ -111,6 +111,8 @@ def slices_of(checkpoint: GgufCheckpoint, view: PrunedView) -> dict[str, Slice]:
 
 
 def _slice(tensor: GgufTensor, info: GgufTensorInfo, model: MoeModel, view: PrunedView) -> Slice:
+    if tensor.made is not None:
+        return Slice(info)
     role = model.role(tensor.slabs[0].stored)
     if not isinstance(role, Expert | Router):
         return Slice(info)

@@ -10,13 +10,14 @@ The names come from a template: a checkpoint of the same model, or a view of one
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,12 +31,28 @@ from reap2gguf.models.gguf_keys import block_of
 from reap2gguf.quantizing.quantizer import load_quantizer
 
 if TYPE_CHECKING:
-    from reap2gguf.gguf_files.reader import GgufHeader
+    from reap2gguf.gguf_files.reader import GgufTensorInfo
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import Floats, GgufTensor, Slab
 
 _ITEM = 4  # bytes of a float32
+Bytes = npt.NDArray[np.uint8]
 _MOST_WHOLE = 2  # tensors that are held because no part can be read alone
+
+
+class Blocks(Protocol):
+    """Tensors as a GGUF file has them: those of a file's header, or made when they are read."""
+
+    @property
+    def path(self) -> Path:
+        """What errors name."""
+
+    @property
+    def tensors(self) -> Mapping[str, GgufTensorInfo]:
+        """All of them, by name."""
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Bytes:
+        """Rows [first, last) of one tensor, as bytes (n_rows, row_bytes)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +108,7 @@ class GgufWeights(Weights):
     """
 
     def __init__(
-        self, header: GgufHeader, model: MoeModel, template: Mapping[str, StoredTensor]
+        self, header: Blocks, model: MoeModel, template: Mapping[str, StoredTensor]
     ) -> None:
         """`model` describes a checkpoint with the names and shapes of `template`.
 
@@ -111,6 +128,13 @@ class GgufWeights(Weights):
         self.model = type(model).of(self)
         self._pieces = self._find_pieces()
         self._whole = _Whole(self._read_whole)
+
+    def of(self, blocks: Blocks) -> GgufWeights:
+        """The weights in other blocks of the same tensors; what is known of them is shared."""
+        other = copy.copy(self)
+        other._header = blocks
+        other._whole = _Whole(other._read_whole)
+        return other
 
     def _found(self, model: MoeModel, template: Mapping[str, StoredTensor]) -> set[str]:
         """Names of the template's tensors that the file has; ArtifactError if it has others."""
@@ -133,7 +157,10 @@ class GgufWeights(Weights):
                 raise ArtifactError(
                     f"{where} is {info.tensor_type.name}, which is not a type for weights"
                 )
-            found.update(slab.stored for slab in tensor.slabs)
+            if tensor.made is None:
+                found.update(slab.stored for slab in tensor.slabs)
+            else:
+                self._check_made(tensor)
         if unknown := sorted(infos.keys() - {tensor.name for tensor in expected}):
             raise ArtifactError(
                 f"{self._header.path}: holds {shown(unknown[0])}, which the model of this config "
@@ -141,10 +168,26 @@ class GgufWeights(Weights):
             )
         return found
 
+    def _check_made(self, tensor: GgufTensor) -> None:
+        """Refuse other values than those that follow from the config: transformers has these."""
+        info = self._header.tensors[tensor.name]
+        raw = self._header.read(info.name, 0, prod(tensor.shape[:-1]))
+        found = self._quantizer.dequantize(raw, info.tensor_type).reshape(-1)
+        different = np.flatnonzero(found != np.array(tensor.made, np.float32))
+        if len(different):
+            first = int(different[0])
+            raise ArtifactError(
+                f"{self._header.path}: tensor {shown(tensor.name)} has {found[first]:g} as value "
+                f"{first}, expected {(tensor.made or ())[first]:g} by {tensor.slabs[0].stored}; it "
+                "is of another model, or of another converter"
+            )
+
     def _find_pieces(self) -> dict[tuple[str, int], list[_Piece]]:
         """By stored tensor and entry on axis 0 (0 for a matrix), what its values are in."""
         found: dict[tuple[str, int], list[_Piece]] = {}
         for tensor in self.model.gguf_tensors(self.tensors):
+            if tensor.made is not None:
+                continue
             for matrix, slab in enumerate(tensor.slabs):
                 pieces = found.setdefault((slab.stored, slab.index or 0), [])
                 pieces.append(_Piece(tensor, matrix, slab))

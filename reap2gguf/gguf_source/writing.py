@@ -18,7 +18,7 @@ from reap2gguf.atomic import OutputFile, open_file, part_of, remove, rename
 from reap2gguf.errors import ArtifactError, OutputError, VerificationError
 from reap2gguf.exporting.journal import ExportJournal
 from reap2gguf.files import is_own_file
-from reap2gguf.gguf_files.split import part_name
+from reap2gguf.gguf_files.part_names import part_name
 from reap2gguf.gguf_files.writer import padded
 from reap2gguf.gguf_source.checking import violations_in
 from reap2gguf.gguf_source.header import PartHead, changes_of, part_head

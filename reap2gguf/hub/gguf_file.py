@@ -20,8 +20,9 @@ import numpy.typing as npt
 
 from reap2gguf.bundle.layout import may_be_model
 from reap2gguf.errors import SourceError
+from reap2gguf.gguf_files.part_names import parse_part_name, part_name
 from reap2gguf.gguf_files.reader import GgufHeader, read_header_from
-from reap2gguf.gguf_files.split import join_parts, parse_part_name, part_name, read_whole_header
+from reap2gguf.gguf_files.split import join_parts, read_whole_header
 from reap2gguf.hub.errors import is_offline, request_errors
 from reap2gguf.hub.ranges import HubBlocks, HubRanges, HubStream
 from reap2gguf.hub.retry import Note, Sleep, ignore_note, model_retry

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from gguf import GGMLQuantizationType as Type
 
 from reap2gguf.errors import RecipeError
-from reap2gguf.files import plain_size
+from reap2gguf.files import is_gguf, plain_size
 from reap2gguf.importing.command_line import Command, is_command, read_command
 from reap2gguf.importing.foreign_types import (
     check_base,
@@ -117,6 +117,11 @@ def read_foreign(text: str, where: str, base: str | None = None) -> ForeignRecip
         raise RecipeError(f"{where}: over {MOST_BYTES:,} bytes, too large for a recipe")
     if is_command(text):
         return _of_command(read_command(text, where), where, base)
+    if "=" not in text and len(words := text.split()) == 1:
+        raise RecipeError(
+            f"{where}: {shown(words[0])} is no file here, no llama-quantize command and no "
+            "PATTERN=TYPE, such as attn_v=q8_0"
+        )
     read = _Read(where)
     for number, line in enumerate(text.splitlines(), start=1):
         for item in list_items(line):
@@ -138,8 +143,8 @@ def read_foreign(text: str, where: str, base: str | None = None) -> ForeignRecip
 
 
 def list_items(line: str) -> Iterator[str]:
-    """The PATTERN=TYPE in a line of a list; what follows a `#` is a comment."""
-    plain = re.sub(r"(^|\s)#.*", "", line)
+    """The PATTERN=TYPE in a line of a list; what follows a # is a comment, blanks around = none."""
+    plain = re.sub(r"\s*=\s*", "=", re.sub(r"(^|\s)#.*", "", line))
     yield from (item for item in re.split(r"[\s,]+", plain) if item)
 
 
@@ -225,8 +230,14 @@ def base_named(name: str) -> Recipe:
 def text_of_file(path: Path, what: str = "") -> str:
     """The text of a file; RecipeError, which begins with `what`, if it cannot be read."""
     try:
+        if is_gguf(path):
+            raise RecipeError(
+                f"{what}{path}: a GGUF file; `reap2gguf recipes of {path}` prints its recipe"
+            )
         if plain_size(path) > MOST_BYTES:
             raise RecipeError(f"{what}{path}: over {MOST_BYTES:,} bytes, too large for a recipe")
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise RecipeError(f"{what}{path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
         raise RecipeError(f"{what}{path}: cannot be read ({error})") from error

@@ -19,7 +19,7 @@ from gguf import Keys
 
 from reap2gguf.errors import RecipeError
 from reap2gguf.ggml import holds_weights
-from reap2gguf.gguf_files.split import parse_part_name
+from reap2gguf.gguf_files.part_names import parse_part_name
 from reap2gguf.gguf_files.tensor_types import LOADER, IkType
 from reap2gguf.importing.cover import CoverRule, cover
 from reap2gguf.messages import one_line

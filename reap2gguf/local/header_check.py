@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.errors import ArtifactError
+from reap2gguf.gguf_files.tensor_types import is_ik
 from reap2gguf.messages import shown
 from reap2gguf.models.description import is_of_experts
 
@@ -27,8 +28,22 @@ _WHOLE_HEADS = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "qwen3vl", "q
 _DELTANET = ("qwen35", "qwen35moe", "qwen3next")
 
 
+def ik_types(header: GgufHeader) -> list[str]:
+    """Names of the types of ik_llama.cpp alone that a file's tensors have."""
+    kinds = {info.tensor_type for info in header.tensors.values() if is_ik(info.tensor_type)}
+    return sorted(kind.name for kind in kinds)
+
+
 def check_header(path: Path, header: GgufHeader) -> None:
-    """Refuse values at which llama.cpp aborts the whole process. Raises ArtifactError."""
+    """Refuse types that llama.cpp does not have, and values at which it aborts the whole process.
+
+    Raises ArtifactError.
+    """
+    if types := ik_types(header):
+        raise ArtifactError(
+            f"{path}: has tensors of {', '.join(types)}, which only ik_llama.cpp loads; pass "
+            "another file, such as a Q4_K_M, or run this one with the programs of ik_llama.cpp"
+        )
     arch = header.metadata.get("general.architecture")
     if isinstance(arch, str):  # else llama.cpp reports it
         checks = _Checks(path, header, arch)

@@ -33,6 +33,11 @@ def check_mergeable(model: MoeModel, method: str) -> None:
             f"{name}: --method {method} is not defined for experts that transformers keeps in the "
             "layout they are stored in; choose a --method that removes experts"
         )
+    if model.scales_experts:
+        raise UnsupportedModelError(
+            f"{name}: --method {method} is not defined for experts that the router gives a factor "
+            "each, and that see other inputs than it; choose a --method that removes experts"
+        )
     if not merged_layers(model):
         raise UnsupportedModelError(
             f"{name}: only the multi-token-prediction block has experts, and --method {method} "

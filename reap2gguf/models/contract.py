@@ -50,6 +50,7 @@ class MoeModel(ABC):
     model_type: ClassVar[str]
     gguf_arch: ClassVar[str]  # general.architecture
     mtp_in_gguf: ClassVar[bool] = True  # whether GGUF files have a multi-token-prediction block
+    has_eager_attention: ClassVar[bool] = False  # transformers has no other of this architecture
     norm_module: ClassVar[str] = "norm"  # after the last layer, in transformers' model
     mtp_centers: ClassVar[bool] = False  # whether the MTP block's last norm takes off the mean
 
@@ -148,6 +149,10 @@ class MoeModel(ABC):
         """What was read from the config, under transformers' names of it."""
         return {}
 
+    def config_values_of_layers(self) -> Mapping[int, Mapping[str, Any]]:
+        """The same of single layers, where they differ in what is one value in other models."""
+        return {}
+
     @abstractmethod
     def pruned_config(self, n_experts: int) -> dict[str, Any]:
         """The config with its expert count replaced, wherever it is spelled."""
@@ -166,6 +171,13 @@ class MoeModel(ABC):
         The MTP block's module is `observing.mtp.MtpBlock`: `fc`, `embedding_norm`, `hidden_norm`,
         `norm`, and its decoder layer below `layer.`, or several below `layer.0.`, `layer.1.`.
         """
+
+    def joined(self, layer: int) -> Mapping[str, tuple[str, ...]]:
+        """That module's parameters that are several stored tensors, one after another on axis 0.
+
+        By transformers' name, what is stored below `block_prefix`, in its order.
+        """
+        return {}
 
     def is_computed_in_f32(self, layer: int, name: str) -> bool:
         """Whether a tensor stored below `block_prefix` is float32 whatever its module's type is."""
@@ -242,7 +254,7 @@ class MoeModel(ABC):
 
     @abstractmethod
     def expert_shapes(self, layer: int) -> Mapping[str, tuple[int, ...]]:
-        """Stored names and shapes of the experts of a MoE layer, one tensor per expert."""
+        """Stored names and shapes of the experts of a MoE layer: a tensor each, if they may be."""
 
     def renumbered(self, name: str, expert: int) -> str:
         """The stored name of a 2D expert tensor with another expert's number."""
@@ -300,6 +312,16 @@ class MoeModel(ABC):
     def logits_divisor(self) -> float:
         """What the products of hidden states and head are divided by to be logits."""
         return 1.0
+
+    @property
+    def logit_cap(self) -> float | None:
+        """The bound that logits are drawn below, by a tangent; None without."""
+        return None
+
+    @property
+    def scales_experts(self) -> bool:
+        """Whether the router has a factor for each expert, and other inputs than the experts."""
+        return False
 
     def mtp_templates(self) -> tuple[int, ...]:
         """Trunk layers of the kinds that the MTP block's decoder layers are, mostly one."""

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gguf import Keys
 
-from reap2gguf.errors import CheckpointError, UnsupportedModelError
+from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
-from reap2gguf.models.description import MAX_WIDTH, GgufTensor, HeadMatrices, missing
+from reap2gguf.models.description import MAX_WIDTH, GgufTensor, HeadMatrices
 from reap2gguf.models.facts import FACT_KEYS, read_epsilon
 from reap2gguf.models.from_gguf import EMBEDDING, headless_config, trunk_layers
+from reap2gguf.models.kimi_k2 import MODEL_TYPE as KIMI_K2
+from reap2gguf.models.kimi_k2 import UNREAD, kimi_k2_caveats, unread_in_gguf
 from reap2gguf.models.layer_types import (
     MLP_TYPES,
     dense_first,
@@ -33,14 +35,17 @@ from reap2gguf.models.layer_types import (
 from reap2gguf.models.mla import (
     HEAD_KEYS,
     KV_B,
+    LATENT_EPSILON,
+    MOST_EPSILON,
     LatentRope,
     heads_from_gguf,
     read_heads,
     read_latent_rope,
     rope_from_gguf,
+    without_whole,
 )
 from reap2gguf.models.nextn import NextnDecoder
-from reap2gguf.models.rope import check_rotary_width
+from reap2gguf.models.rope import NOTHING, check_rotary_width
 from reap2gguf.models.rules import (
     ATTN_NORM,
     DENSE_FFN,
@@ -67,9 +72,6 @@ if TYPE_CHECKING:
     from reap2gguf.models.description import ModelFacts
     from reap2gguf.models.gguf_keys import GgufKeys
 
-# Of norms of latents, transformers has an epsilon in its code, llama.cpp the config's of all norms.
-_LATENT_EPSILON = 1e-6
-_MOST_EPSILON = 1e-5  # of published models, where the difference is not seen
 _LITE_LAYERS = (26, 27)  # llama.cpp takes these for models without low-rank queries
 _LITE_VOCABULARY = {48: 128_256}  # and these layers with this vocabulary
 # of a file that does not say how scores are made, these are llama.cpp's GLM-4.7-Flash
@@ -85,6 +87,8 @@ class Deepseek2(NextnDecoder):
     scores: ClassVar[Scores] = Scores.SIGMOID
     normalises: ClassVar[bool] = True  # what an absent `norm_topk_prob` means
     topk_method: ClassVar[str] = "noaux_tc"
+    other_types: ClassVar[tuple[str, ...]] = ()  # what `model_type` may be besides
+    unread: ClassVar[Mapping[str, float]] = NOTHING  # settings of YaRN that llama.cpp does not read
     fact_keys: ClassVar[tuple[str, ...]] = (
         *FACT_KEYS,
         *HEAD_KEYS,
@@ -137,10 +141,11 @@ class Deepseek2(NextnDecoder):
     def _refuse(self) -> None:
         """Refuse, by name, what llama.cpp's deepseek2 or this program does not do."""
         read, arch = self.text, f"llama.cpp's {self.gguf_arch}"
-        if (found := self.config.get("model_type")) != self.model_type:
+        types = (self.model_type, *self.other_types)
+        if (found := self.config.get("model_type")) not in types:
             raise UnsupportedModelError(
-                f"{read.where}: model_type is {shown(found)}, expected '{self.model_type}': "
-                "transformers chooses the architecture by it"
+                f"{read.where}: model_type is {shown(found)}, expected "
+                f"{' or '.join(map(repr, types))}: transformers chooses the architecture by it"
             )
         self.refuse_common()
         read.expect("rope_interleave", True, why=f"{arch} rotates neighbours")
@@ -150,16 +155,16 @@ class Deepseek2(NextnDecoder):
                 f"{read.where}: n_shared_experts is 0 or missing, expected at least 1: {arch} has "
                 "such experts in every layer with experts"
             )
-        if (found := read_epsilon(read, *self.epsilon)) > _MOST_EPSILON:
+        if (found := read_epsilon(read, *self.epsilon)) > MOST_EPSILON:
             raise UnsupportedModelError(
-                f"{read.where}: rms_norm_eps is {found:g}, expected at most {_MOST_EPSILON:g}: "
-                f"{arch} norms latents with it, and transformers with {_LATENT_EPSILON:g}"
+                f"{read.where}: rms_norm_eps is {found:g}, expected at most {MOST_EPSILON:g}: "
+                f"{arch} norms latents with it, and transformers with {LATENT_EPSILON:g}"
             )
         self.refuse_routing()
 
     @cached_property
     def rope(self) -> LatentRope:
-        return read_latent_rope(self.text, f"llama.cpp's {self.gguf_arch}")
+        return read_latent_rope(self.text, f"llama.cpp's {self.gguf_arch}", self.unread)
 
     def config_values(self) -> dict[str, Any]:
         read = self.text
@@ -224,7 +229,8 @@ class Deepseek2(NextnDecoder):
 
     @classmethod
     def config_from_gguf(cls, keys: GgufKeys) -> dict[str, Any]:
-        config = headless_config(keys, cls.scores)
+        unread = unread_in_gguf(keys) if cls.unread else NOTHING
+        config = headless_config(keys, cls.scores, unread=unread)
         return {
             "model_type": cls.model_type,
             **{key: value for key, value in config.items() if key != "num_experts"},
@@ -251,19 +257,10 @@ class Deepseek2(NextnDecoder):
     ) -> tuple[GgufTensor, ...]:
         if rule.gguf != KV_B.gguf:
             return super().made_of(stored, name, rule, prefix)
-        if name not in stored:
-            raise missing(name)
-        sizes = self.heads.sizes()
-        if stored[name].shape != (expected := (sizes["KVB"], sizes["R"])):
-            raise CheckpointError(
-                f"tensor {name!r}: shape {list(stored[name].shape)}, expected {list(expected)}"
-            )
-        return self.heads.split(name, prefix)
+        return self.heads.split(stored, name, prefix)
 
     def matrices(self, layer: int) -> Mapping[str, tuple[str, ...]]:
-        whole = f"blk.{layer}.{KV_B.gguf}"
-        found = super().matrices(layer)
-        return {module: names for module, names in found.items() if whole not in names}
+        return without_whole(super().matrices(layer))
 
     def head_matrices(self, layer: int) -> HeadMatrices:
         return self.heads.matrices(layer, "layer." if layer == self.facts.mtp_layer else "")
@@ -325,6 +322,8 @@ class DeepseekV3(Deepseek2):
     """One DeepSeek-V3, DeepSeek-R1, Moonlight or Kimi-K2."""
 
     model_type: ClassVar[str] = "deepseek_v3"
+    other_types = (KIMI_K2,)
+    unread = UNREAD
     mtp_in_gguf = False  # as in files of llama.cpp's converter
     count_keys = ("n_routed_experts", "num_local_experts")
     fact_keys = (
@@ -344,14 +343,17 @@ class DeepseekV3(Deepseek2):
     def config_values(self) -> dict[str, Any]:
         return {**super().config_values(), **_groups(self.text), _DENSE_KEY: self.n_dense}
 
+    def pruned_config(self, n_experts: int) -> dict[str, Any]:
+        return {**super().pruned_config(n_experts), "model_type": self.model_type}
+
     def caveats(self) -> tuple[str, ...]:
-        if not self.facts.has_mtp:
-            return super().caveats()
-        caveat = (
-            "the MTP block is pruned in the safetensors; the GGUF files do not have it, like those "
-            "of llama.cpp's converter"
-        )
-        return (*super().caveats(), caveat)
+        found = [*super().caveats()]
+        if self.facts.has_mtp:
+            found.append(
+                "the MTP block is pruned in the safetensors; the GGUF files do not have it, like "
+                "those of llama.cpp's converter"
+            )
+        return (*found, *kimi_k2_caveats(self.config, self.rope))
 
     @classmethod
     def is_in_gguf(cls, keys: GgufKeys) -> bool:

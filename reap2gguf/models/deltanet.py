@@ -20,6 +20,21 @@ import numpy.typing as npt
 from reap2gguf.models.description import Floats, Transform, picked
 
 
+def _decay_rate(values: Floats) -> Floats:
+    import torch  # its exponential is the one llama.cpp's converter takes
+
+    rate: Floats = -torch.exp(torch.from_numpy(np.array(values))).numpy()
+    return rate
+
+
+def _put_back_decay_rate(values: Floats, stored: Floats) -> None:
+    stored[...] = np.log(-values.astype(np.float64)).astype(np.float32).reshape(stored.shape)
+
+
+# The logarithm of the decay, stored, as the decay rate that GGML multiplies with.
+DECAY = Transform(_decay_rate, _put_back_decay_rate)
+
+
 @dataclass(frozen=True)
 class DeltaNet:
     """The heads of one model's linear attention."""
@@ -97,13 +112,12 @@ class DeltaNet:
         return Transform(self._rate, self._put_back_rate)
 
     def _rate(self, values: Floats) -> Floats:
-        import torch  # its exponential is the one llama.cpp's converter takes
-
-        rate: Floats = -torch.exp(torch.from_numpy(self.heads(values))).numpy()
-        return rate
+        return DECAY(self.heads(values))
 
     def _put_back_rate(self, values: Floats, stored: Floats) -> None:
-        self.heads.put_back(np.log(-values.astype(np.float64)).astype(np.float32), stored)
+        logarithms = np.empty_like(values)
+        DECAY.put_back(values, logarithms)
+        self.heads.put_back(logarithms, stored)
 
 
 @dataclass(frozen=True)

@@ -192,6 +192,10 @@ class GgufTensor:
     always_f32: bool = False  # llama.cpp's converter never stores it in fewer bits
     transform: Transform | None = None  # applied to each slab's float32 values
     needs_f16: bool = False  # llama.cpp computes with it in F16, whatever its type
+    # of the blocks that the checkpoint has it in, where a GGUF file may hold the very same ones
+    block_type: GGMLQuantizationType | None = None
+    # values that follow from the config, and are not stored: the slab says what of it they follow
+    made: tuple[float, ...] | None = None
 
     @property
     def n_columns(self) -> int:
@@ -203,12 +207,22 @@ class GgufTensor:
         """GGML's ne[2]: the experts of an expert tensor, else 1."""
         return self.shape[0] if len(self.shape) == 3 else 1
 
+    def is_copied_as(self, tensor_type: GGMLQuantizationType) -> bool:
+        """Whether a file in which it has this type holds the checkpoint's own blocks."""
+        return self.block_type is not None and tensor_type is self.block_type
+
     @property
     def never_quantized(self) -> bool:
         """Whether llama.cpp's quantizer leaves it alone, whatever is asked of it."""
         one_row = all(size == 1 for size in self.shape[:-1])
         is_weight = self.name.endswith(".weight")
         return one_row or not is_weight or any(part in self.name for part in _NEVER_QUANTIZED)
+
+
+def made_tensor(name: str, values: Floats, source: str) -> GgufTensor:
+    """A GGUF tensor of values that follow from the config, by `source`, and are not stored."""
+    made = tuple(float(value) for value in values.flat)
+    return GgufTensor(name, values.shape, (Slab(source),), always_f32=True, made=made)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from gguf import GGMLQuantizationType
+
+from reap2gguf.checkpoint.quantized.keys import BLOCKS
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.description import (
     Expert,
@@ -47,12 +50,24 @@ class ExpertLayout:
     orientation: Literal["out in", "in out", "either"] = "out in"
     interleaved: bool = False  # fused rows of gate and up alternate: gate 0, up 0, gate 1, up 1
     has_biases: bool = False  # fused only: `gate_up_proj_bias` (E, 2F), `down_proj_bias` (E, H)
-    module_is_as_stored: bool = False  # transformers' module has this layout too
+    # transformers' module has this layout too, and experts are never one tensor each
+    module_is_as_stored: bool = False
 
     @property
     def inputs(self) -> tuple[Projection, ...]:
         """The projections that multiply the experts' input; `down` multiplies the activations."""
         return tuple(projection for projection in self.projections if projection != "down")
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether gate and up are one tensor in GGUF too, and experts are never one tensor each."""
+        return "gate_up" in self.projections
+
+    def matrices(self, layer: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The GGUF tensors that the experts' input feeds, and those that activations feed."""
+        blk = f"blk.{layer}.ffn_"
+        fed_by_inputs = tuple(f"{blk}{projection}_exps.weight" for projection in self.inputs)
+        return fed_by_inputs, (f"{blk}down_exps.weight",)
 
     @property
     def _path_apart(self) -> str:
@@ -70,7 +85,7 @@ class ExpertLayout:
     @cached_property
     def _apart(self) -> dict[str, Projection]:
         """What 2D tensors end with, `.weight` left out."""
-        return {self.stored_name(p): p for p in self.projections if p != "gate_up"}
+        return {} if self.is_fused else {self.stored_name(p): p for p in self.projections}
 
     @cached_property
     def _fused(self) -> dict[str, tuple[Projection, Part]]:
@@ -90,7 +105,8 @@ class ExpertLayout:
             projection, part = self._fused[rest]
             return Expert(layer, projection, None, part)
         rest = name.removeprefix(f"{self._path_apart}.")
-        match = None if rest == name else _APART.fullmatch(rest)
+        is_other = rest == name or self.module_is_as_stored
+        match = None if is_other else _APART.fullmatch(rest)
         if match is None or match[2] not in self._apart:
             return None
         return Expert(layer, self._apart[match[2]], int(match[1]))
@@ -103,22 +119,36 @@ class ExpertLayout:
         Raises CheckpointError if what is stored below `prefix` has another shape, and
         UnsupportedModelError if its shape fits both orientations of an "either".
         """
-        return {
-            projection: GgufTensor(
+        found: dict[Projection, GgufTensor] = {}
+        for projection in self.projections:
+            slabs = self._slabs(stored, prefix, projection, facts)
+            found[projection] = GgufTensor(
                 f"blk.{layer}.ffn_{projection}_exps.weight",
                 (facts.n_experts, *_matrix(projection, facts)),
-                self._slabs(stored, prefix, projection, facts),
+                slabs,
+                block_type=_block_type(stored, slabs[0]),
             )
-            for projection in self.projections
-        }
+        return found
 
-    def apart(self, prefix: str, facts: ModelFacts) -> dict[str, tuple[int, ...]]:
-        """Stored names and shapes of a layer's experts where they are one tensor each (2D)."""
+    def shapes(self, prefix: str, facts: ModelFacts) -> dict[str, tuple[int, ...]]:
+        """Stored names and shapes of a layer's experts: one tensor each (2D), if they may be."""
+        if self.module_is_as_stored or self.is_fused:
+            return self._fused_shapes(f"{prefix}{self.path}.", facts)
         return {
             f"{prefix}{self._path_apart}.{expert}.{name}.weight": _matrix(projection, facts)
             for projection, name in ((p, self.stored_name(p)) for p in self.projections)
             for expert in range(facts.n_experts)
         }
+
+    def _fused_shapes(self, base: str, facts: ModelFacts) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {}
+        for projection in {self.fused(p): None for p in self.projections}:
+            rows, columns = _matrix(projection, facts)
+            matrix = (columns, rows) if self.orientation == "in out" else (rows, columns)
+            found[base + self.stored_name(projection)] = (facts.n_experts, *matrix)
+            if self.has_biases:
+                found[f"{base}{self.stored_name(projection)}_bias"] = (facts.n_experts, rows)
+        return found
 
     def _slabs(
         self,
@@ -131,12 +161,16 @@ class ExpertLayout:
         fused = self.fused(projection)
         plain = f"{prefix}{self.path}.{self.stored_name(fused)}"
         name = _with_suffix(stored, plain)
+        if name is None and self.is_fused:
+            raise missing(plain)
         if name is None:
             base, own = prefix + self._path_apart, self.stored_name(projection)
             others = (f"{prefix}{self.path}.{other}" for other in self._fused)
             other = next((one for one in others if one in stored), None)
-            if other and f"{base}.0.{own}.weight" not in stored:
-                raise missing(f"{plain}.weight" if other.endswith(".weight") else plain)
+            is_fused = other or self.module_is_as_stored
+            if is_fused and f"{base}.0.{own}.weight" not in stored:
+                has_suffix = other is not None and other.endswith(".weight")
+                raise missing(f"{plain}.weight" if has_suffix else plain)
             slabs = tuple(Slab(f"{base}.{e}.{own}.weight") for e in range(count))
             for slab in slabs:
                 _check_shape(stored, slab.stored, _matrix(projection, facts))
@@ -200,6 +234,15 @@ def _matrix(projection: Projection, facts: ModelFacts) -> tuple[int, int]:
     if projection == "down":
         return hidden, width
     return (2 * width if projection == "gate_up" else width), hidden
+
+
+def _block_type(stored: Mapping[str, StoredTensor], slab: Slab) -> GGMLQuantizationType | None:
+    """The type of the blocks that rows are stored in, if a GGUF file has such rows.
+
+    Blocks of MXFP4 lie along what the decoded matrices (in, out) have as columns.
+    """
+    is_mxfp4 = stored[slab.stored].coded == BLOCKS and slab.transposed
+    return GGMLQuantizationType.MXFP4 if is_mxfp4 else None
 
 
 def _slice(chosen: range) -> slice:

@@ -52,6 +52,13 @@ _SIGNS: tuple[tuple[str, str], ...] = (
         "a checkpoint in Megatron's layout; export it to Hugging Face's first",
     ),
     (
+        r"^ernie\.|\bup_gate_proj\.",
+        (
+            "a checkpoint in PaddlePaddle's layout, whose matrices are transposed; pass the one "
+            "for transformers, whose name ends in -PT"
+        ),
+    ),
+    (
         r"\bexperts\.w(13|2)_weight\b|\bqkv_proj\.",
         (
             "in the fused layout in which vLLM and SGLang hold a model; pass the Hugging Face "

@@ -27,6 +27,7 @@ from reap2gguf.models.description import (
     experts_of,
 )
 from reap2gguf.models.gguf_keys import GgufKeys, block_of
+from reap2gguf.models.rope import NOTHING
 
 if TYPE_CHECKING:
     from reap2gguf.gguf_files.reader import GgufHeader
@@ -191,9 +192,15 @@ def common_config(
 
 
 def headless_config(
-    keys: GgufKeys, scores: int = 1, epsilon_key: str = Keys.Attention.LAYERNORM_RMS_EPS
+    keys: GgufKeys,
+    scores: int = 1,
+    epsilon_key: str = Keys.Attention.LAYERNORM_RMS_EPS,
+    unread: Mapping[str, float] = NOTHING,
 ) -> dict[str, Any]:
-    """The same values but for the sizes of heads, and the number of those of keys and values."""
+    """The same values but for the sizes of heads, and the number of those of keys and values.
+
+    `unread`: settings of YaRN that the model has, though llama.cpp reads no key for them.
+    """
     llm, attention = Keys.LLM, Keys.Attention
     n_experts = keys.integer(llm.EXPERT_COUNT, 2, MAX_EXPERTS)
     vocab = keys.rows(EMBEDDING)
@@ -215,7 +222,7 @@ def headless_config(
         "num_experts_per_tok": keys.integer(llm.EXPERT_USED_COUNT, 1, n_experts),
         "num_hidden_layers": trunk_layers(keys)[0],
         "rms_norm_eps": keys.number(epsilon_key, 0, 1),
-        "rope_parameters": rope_values(keys),
+        "rope_parameters": rope_values(keys, unread),
         "tie_word_embeddings": OUTPUT not in keys.tensors,
         "vocab_size": vocab,
     }
@@ -263,8 +270,11 @@ def expert_width(keys: GgufKeys) -> int:
     return max(1, dense // keys.integer(llm.EXPERT_USED_COUNT, 1, MAX_EXPERTS))
 
 
-def rope_values(keys: GgufKeys) -> dict[str, Any]:
-    """`rope_parameters` of a header: llama.cpp's scaling, the way transformers says it."""
+def rope_values(keys: GgufKeys, unread: Mapping[str, float] = NOTHING) -> dict[str, Any]:
+    """`rope_parameters` of a header: llama.cpp's scaling, the way transformers says it.
+
+    `unread`: as `headless_config` has it.
+    """
     rope = Keys.Rope
     theta = keys.number(rope.FREQ_BASE, 0, _LARGEST, default=_THETA)
     # llama.cpp's value of an absent key is linear, with no factor
@@ -284,9 +294,10 @@ def rope_values(keys: GgufKeys) -> dict[str, Any]:
             "or yarn"
         )
     for key, (name, fixed) in _YARN_FIXED.items():
-        keys.expect(key, fixed, why="YaRN is computed with this in this architecture")
+        value = unread.get(name, fixed)
+        keys.expect(key, value, why="YaRN is computed with this in this architecture")
         if keys.has(key):
-            found[name] = fixed
+            found[name] = value
     implied = 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0
     context = keys.integer(Keys.LLM.CONTEXT_LENGTH, 1, _LARGEST)
     original = rope.SCALING_ORIG_CTX_LEN

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reap2gguf.models.transformers_config import transformers_config
+from reap2gguf.checkpoint.config import read_json
+from reap2gguf.models.transformers_config import config_of_known_type, transformers_config
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +60,19 @@ def whole_class(config: Mapping[str, Any]) -> Any:
     return getattr(transformers, classes_of(_architecture(config)).whole)
 
 
+def load_whole(folder: Path, **how: Any) -> Any:
+    """The model of a folder, weights included, loaded by its class; no code of it is run.
+
+    `how`: further arguments of `from_pretrained`. Raises whatever transformers raises.
+    """
+    values = read_json(folder / "config.json")
+    config = config_of_known_type(values)
+    if config is not None:
+        how["config"] = config
+    loader = whole_class(values)
+    return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **how)
+
+
 def text_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """The text model without its head, on the meta device: vision towers are not run.
 
@@ -68,14 +83,23 @@ def text_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
 
     name = classes_of(_architecture(config)).text
     text = transformers_config(config).get_text_config()
-    how: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
+    kind = getattr(transformers, name) if name else _causal_class(text)
+    attention = "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
+    how: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     with torch.device("meta"):
         if name:
-            model = getattr(transformers, name)._from_config(text, **how)
+            model = kind._from_config(text, **how)
         else:
             auto = transformers.AutoModelForCausalLM
             model = auto.from_config(text, trust_remote_code=False, **how)
     return model.eval().base_model
+
+
+def _causal_class(config: Any) -> Any:
+    """The class that AutoModelForCausalLM makes of a config; None if it knows none."""
+    import transformers
+
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
 def _architecture(config: Mapping[str, Any]) -> Any:

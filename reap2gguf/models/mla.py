@@ -10,18 +10,27 @@ this is an attention with one head of keys and values, which is what the header 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gguf import GGUFValueType, Keys
 
-from reap2gguf.errors import UnsupportedModelError
-from reap2gguf.models.description import MAX_HEADS, MAX_WIDTH, GgufTensor, HeadMatrices, Slab
-from reap2gguf.models.rope import Rope, read_rope
+from reap2gguf.errors import CheckpointError, UnsupportedModelError
+from reap2gguf.models.description import (
+    MAX_HEADS,
+    MAX_WIDTH,
+    GgufTensor,
+    HeadMatrices,
+    Slab,
+    missing,
+)
+from reap2gguf.models.rope import NOTHING, Rope, read_rope
 from reap2gguf.models.rules import TensorRule
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.config import ConfigReader
+    from reap2gguf.checkpoint.safetensors_header import StoredTensor
     from reap2gguf.models.gguf_keys import GgufKeys
 
 _ATTENTION = "self_attn"
@@ -40,6 +49,10 @@ KEYS_AND_VALUES = (
     KV_B,
     TensorRule(f"{_ATTENTION}.o_proj.weight", "attn_output.weight", "H O"),
 )
+# Of norms of latents, transformers has an epsilon in its code, llama.cpp the config's of all norms.
+LATENT_EPSILON = 1e-6
+MOST_EPSILON = 1e-5  # of published models, where the difference is not seen
+ONE_HEAD = "latents are the only head of keys and values"
 HEAD_KEYS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
@@ -114,9 +127,20 @@ class LatentHeads:
             "O": self.n_heads * self.value,
         }
 
-    def split(self, stored: str, prefix: str) -> tuple[GgufTensor, GgufTensor]:
-        """The GGUF tensors `attn_k_b` and `attn_v_b` of a stored `kv_b_proj`, a slab per head."""
-        each = self.nope + self.value
+    def split(
+        self, tensors: Mapping[str, StoredTensor], stored: str, prefix: str
+    ) -> tuple[GgufTensor, GgufTensor]:
+        """The GGUF tensors `attn_k_b` and `attn_v_b` of a stored `kv_b_proj`, a slab per head.
+
+        Raises CheckpointError if it is not there, or has another shape.
+        """
+        sizes, each = self.sizes(), self.nope + self.value
+        if stored not in tensors:
+            raise missing(stored)
+        if (found := tensors[stored].shape) != (expected := (sizes["KVB"], sizes["R"])):
+            raise CheckpointError(
+                f"tensor {stored!r}: shape {list(found)}, expected {list(expected)}"
+            )
         starts = range(0, self.n_heads * each, each)
         keys = tuple(
             Slab(stored, transposed=True, columns=(start, start + self.nope)) for start in starts
@@ -150,13 +174,15 @@ class LatentRope(Rope):
         return found
 
 
-def read_latent_rope(read: ConfigReader, arch: str) -> LatentRope:
+def read_latent_rope(
+    read: ConfigReader, arch: str, unread: Mapping[str, float] = NOTHING
+) -> LatentRope:
     """The rotary embedding of a latent attention, which llama.cpp computes as `arch`.
 
-    Raises UnsupportedModelError for a scaling that llama.cpp computes otherwise: it scales whole
-    heads where transformers scales what is rotated.
+    `unread`: as `read_rope` has it. Raises UnsupportedModelError for a scaling that llama.cpp
+    computes otherwise: it scales whole heads where transformers scales what is rotated.
     """
-    found = read_rope(read)
+    found = read_rope(read, unread=unread)
     values = found.values
     values.expect("partial_rotary_factor", 1, why=f"{arch} rotates all of qk_rope_head_dim")
     if found.kind == "linear":
@@ -175,6 +201,15 @@ def read_latent_rope(read: ConfigReader, arch: str) -> LatentRope:
     return LatentRope(**vars(found))
 
 
+def without_whole(matrices: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """The matrices that inputs multiply, without the one that no file has whole."""
+    return {
+        module: names
+        for module, names in matrices.items()
+        if not any(name.endswith(f".{KV_B.gguf}") for name in names)
+    }
+
+
 def read_heads(read: ConfigReader) -> LatentHeads:
     """The sizes of the attention; refuses a `head_dim` that is not that of rotated values."""
     rank, nope, rotated, value = (read.integer(key, low=1, high=MAX_WIDTH) for key in HEAD_KEYS)
@@ -191,19 +226,25 @@ def read_heads(read: ConfigReader) -> LatentHeads:
 
 
 def heads_from_gguf(keys: GgufKeys) -> dict[str, Any]:
-    """The sizes of the attention in a header."""
+    """The sizes of the attention in a header, where all layers have it."""
+    attention = Keys.Attention
+    found = sizes_from_gguf(keys)
+    keys.expect(attention.HEAD_COUNT_KV, 1, why=ONE_HEAD)
+    keys.expect(attention.VALUE_LENGTH, found["kv_lora_rank"], why=ONE_HEAD)
+    query_rank = keys.integer(attention.Q_LORA_RANK, 0, MAX_WIDTH, default=0) or None
+    return {"q_lora_rank": query_rank, **found}
+
+
+def sizes_from_gguf(keys: GgufKeys) -> dict[str, Any]:
+    """The sizes of keys, values and latents in a header."""
     attention = Keys.Attention
     rank = keys.integer(attention.KV_LORA_RANK, 1, MAX_WIDTH)
     rotated = keys.integer(Keys.Rope.DIMENSION_COUNT, 1, MAX_WIDTH)
     query = keys.integer(attention.KEY_LENGTH_MLA, rotated + 1, MAX_WIDTH)
-    one_head = "latents are the only head of keys and values"
-    keys.expect(attention.HEAD_COUNT_KV, 1, why=one_head)
-    keys.expect(attention.KEY_LENGTH, rank + rotated, why=one_head)
-    keys.expect(attention.VALUE_LENGTH, rank, why=one_head)
+    keys.expect(attention.KEY_LENGTH, rank + rotated, why=ONE_HEAD)
     for key in ("temperature_scale", "temperature_length"):
         keys.expect(f"{{arch}}.attention.{key}", why="attention has no temperature here")
     return {
-        "q_lora_rank": keys.integer(attention.Q_LORA_RANK, 0, MAX_WIDTH, default=0) or None,
         "kv_lora_rank": rank,
         "qk_nope_head_dim": query - rotated,
         "qk_rope_head_dim": rotated,

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from reap2gguf.errors import UnsupportedModelError
-from reap2gguf.messages import shown
+from reap2gguf.models.facts import refuse_model_types
 from reap2gguf.models.from_gguf import trunk_layers
 from reap2gguf.models.hybrid import MTP_KEY, HybridMoe
 from reap2gguf.models.linear_from_gguf import rope_sections
@@ -61,35 +60,13 @@ class Qwen35Moe(HybridMoe):
         }
 
     def read_facts(self) -> ModelFacts:
-        self._refuse_model_types()
+        refuse_model_types(self.reader, self.text, self.model_type)
         facts = super().read_facts()
         self.rope.values.expect(
             "mrope_interleaved", True, why="transformers and llama.cpp interleave the sections"
         )
         self.sections = read_sections(self.rope.values, self.rotary_width, facts.head_dim)
         return facts
-
-    def _refuse_model_types(self) -> None:
-        """Refuse a config whose model type and nesting disagree: transformers goes by the type."""
-        flat, nested = f"{self.model_type}_text", self.model_type
-        found = self.config.get("model_type")
-        if found not in (flat, nested):
-            raise UnsupportedModelError(
-                f"{self.reader.where}: model_type is {shown(found)}, expected '{nested}' or "
-                f"'{flat}'"
-            )
-        if self.is_nested is not (found == nested):
-            has = "has a" if self.is_nested else "has no"
-            raise UnsupportedModelError(
-                f"{self.reader.where}: model_type is {found}, but the config {has} text_config; "
-                f"expected {nested} with one, or {flat} without"
-            )
-        if self.is_nested:
-            why = "it is the type of the text model"
-            self.text.expect("model_type", flat, why=why)
-        # with null, transformers does not find the names of the weights
-        for section in ("text_config", "vision_config"):
-            self.reader.with_values(self.reader.section(section)).refuse_nulls(("model_type",))
 
     @cached_property
     def text_prefix(self) -> str:

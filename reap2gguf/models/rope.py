@@ -24,6 +24,7 @@ _SCALINGS = {"linear": RopeScalingType.LINEAR, "yarn": RopeScalingType.YARN}
 _DEFAULT_THETA = 10_000.0  # transformers', of most configs without one
 _ORIGINAL = "original_max_position_embeddings"
 DEFAULT_SECTIONS = (11, 11, 10)  # transformers' `mrope_section` where the config has none
+NOTHING: Mapping[str, float] = {}
 # what llama.cpp computes YaRN with in these architectures, which read no key for it
 _FIXED = {
     "extrapolation_factor": (1.0, Keys.Rope.SCALING_YARN_EXT_FACTOR),
@@ -63,12 +64,13 @@ _KNOWN = frozenset(
 class Rope:
     """A rotary embedding."""
 
-    kind: str  # default, linear or yarn
+    kind: str  # default, linear or yarn; or one that a family reads by itself
     theta: float
     factor: float  # the context is longer than the original one by this
     values: ConfigReader  # all settings, as transformers has them
     original_length: int | None = None  # tokens, of yarn
     attention_factor: float = 1.0  # cosine and sine are multiplied by it, of yarn
+    has_fractions: bool = False  # of dimensions, where yarn's range begins and ends
 
     @property
     def implied_factor(self) -> float:
@@ -87,15 +89,15 @@ class Rope:
         keys = Keys.Rope
         numbers: list[tuple[str, float]] = [(keys.FREQ_BASE, self.theta)]
         scaling: list[tuple[str, Any, GGUFValueType]] = []
-        if self.kind != "default":
+        if self.kind in _SCALINGS:
             name = _SCALINGS[self.kind].value
             scaling.append((keys.SCALING_TYPE, name, GGUFValueType.STRING))
             numbers.append((keys.SCALING_FACTOR, self.factor))
         if self.kind == "yarn":
             scaling.append((keys.SCALING_ORIG_CTX_LEN, self.original_length, GGUFValueType.UINT32))
             numbers += [
-                (gguf_key, value)
-                for key, (value, gguf_key) in _FIXED.items()
+                (gguf_key, float(self.values.values[key]))
+                for key, (_, gguf_key) in _FIXED.items()
                 if self.values.values.get(key)
             ]
             # llama.cpp multiplies its own factor by this key
@@ -109,13 +111,17 @@ def read_rope(
     read: ConfigReader,
     default_share: float | None = None,
     default_theta: float = _DEFAULT_THETA,
+    may_have_fractions: bool = False,
+    unread: Mapping[str, float] = NOTHING,
 ) -> Rope:
     """The rotary embedding of a text model's config.
 
     `default_share` is the `partial_rotary_factor` of a config without one, `default_theta` its
-    `rope_theta`. Raises UnsupportedModelError for a scaling that is not none, linear or yarn, for a
-    setting that llama.cpp cannot express or that is not known, and for two settings that contradict
-    each other.
+    `rope_theta`. With `may_have_fractions`, `truncate` may be false, although llama.cpp rounds the
+    range of YaRN to whole dimensions. `unread` are settings of YaRN that a family has, though
+    llama.cpp reads no key for them. Raises UnsupportedModelError for a scaling that is not none,
+    linear or yarn, for a setting that llama.cpp cannot express or that is not known, and for two
+    settings that contradict each other.
     """
     values = _settings(read, default_share, default_theta)
     kind = values.values.get("rope_type", values.values.get("type", "default"))
@@ -135,8 +141,10 @@ def read_rope(
     if kind == "linear":
         return Rope(kind, theta, factor, values)
     length = _original_length(read, values)
-    _refuse_inexpressible(values)
-    return Rope(kind, theta, factor, values, length, _attention_factor(values, factor))
+    _refuse_inexpressible(values, may_have_fractions, unread)
+    attention_factor = _attention_factor(values, factor)
+    has_fractions = not values.boolean("truncate", default=True)
+    return Rope(kind, theta, factor, values, length, attention_factor, has_fractions)
 
 
 def check_rotary_width(rope: Rope, width: int, head_dim: int) -> None:
@@ -234,21 +242,25 @@ def _original_length(read: ConfigReader, values: ConfigReader) -> int:
     return read.integer("max_position_embeddings", low=1)  # transformers' default
 
 
-def _refuse_inexpressible(values: ConfigReader) -> None:
-    """Refuse settings of YaRN that llama.cpp has no key for."""
+def _refuse_inexpressible(
+    values: ConfigReader, may_have_fractions: bool, unread: Mapping[str, float]
+) -> None:
+    """Refuse settings of YaRN that llama.cpp has no key for, and that are not the family's."""
     for key, (fixed, _) in _FIXED.items():
         found = values.values.get(key)
         # transformers takes its default for null, and for a beta of 0
         is_default = found is None or (key.startswith("beta") and found in (0, 0.0))
-        if not is_default and values.number(key) != fixed:
+        if not is_default and values.number(key) not in (fixed, unread.get(key)):
             raise UnsupportedModelError(
                 f"{values.where}: {key} is {shown(found)}, expected {fixed:g}: "
                 "llama.cpp computes YaRN with this in this architecture, and has no key for another"
             )
-    if values.values.get("truncate", True) is not True:
+    known = (True, False) if may_have_fractions else (True,)
+    if not any(values.values.get("truncate", True) is one for one in known):
         raise UnsupportedModelError(
-            f"{values.where}: truncate is {shown(values.values['truncate'])}, expected true: "
-            "llama.cpp's YaRN always rounds its range to whole dimensions"
+            f"{values.where}: truncate is {shown(values.values['truncate'])}, expected "
+            f"{' or '.join(str(one).lower() for one in known)}: llama.cpp's YaRN always rounds its "
+            "range to whole dimensions"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -26,7 +26,9 @@ class TensorRule:
     gguf: str  # name below `blk.N.`
     shape: str  # stored sizes, slowest first: "V H"
     gguf_shape: str = ""  # where a transform changes the shape
-    parameter: str = ""  # transformers' name within the layer, where that is another
+    # transformers' name within the layer, where that is another; rules that share one are parts of
+    # it, one after another on axis 0
+    parameter: str = ""
     input_of: str = ""  # the module whose input this matrix multiplies too
     always_f32: bool = False
     computed_in_f32: bool = False  # whatever the type of transformers' module, which would round it
@@ -205,3 +207,20 @@ NEXTN = MtpLayout(
         ),
     ),
 )
+
+
+def joined_parameters(rules: Iterable[TensorRule]) -> dict[str, tuple[str, ...]]:
+    """The parameters of a layer's module that several stored tensors make, and those tensors."""
+    found: dict[str, dict[str, None]] = {}
+    for rule in rules:
+        found.setdefault(rule.in_module, {})[rule.stored] = None
+    return {module: tuple(stored) for module, stored in found.items() if len(stored) > 1}
+
+
+def fed_matrices(rules: Iterable[TensorRule], layer: int) -> dict[str, tuple[str, ...]]:
+    """The GGUF matrices of a layer, by the module whose input feeds them."""
+    found: dict[str, tuple[str, ...]] = {}
+    for rule in rules:
+        if (module := rule.fed_by) is not None:
+            found[module] = (*found.get(module, ()), f"blk.{layer}.{rule.gguf}")
+    return found

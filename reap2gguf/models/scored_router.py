@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _UINT32, _FLOAT32, _BOOL = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.BOOL
 _LEAST_SCALE, _MOST_SCALE = 1e-4, 1e4  # of `routed_scaling_factor`, far from any model's
-_MOST_SHARED = 2**10
+MOST_SHARED = 2**10
 # what pruning does to a softmax over all experts where `norm_topk_prob` is false
 NOT_NORMALISED = (
     "the chosen experts' weights are shares of a softmax over all experts and are not normalised "
@@ -39,13 +39,13 @@ class Scores(IntEnum):
 
 def read_n_shared(read: ConfigReader) -> int:
     """How many experts every token goes through, stored as one."""
-    return read.integer("n_shared_experts", low=0, high=_MOST_SHARED, default=0)
+    return read.integer("n_shared_experts", low=0, high=MOST_SHARED, default=0)
 
 
-def read_scale(read: ConfigReader) -> float:
-    """The factor of the chosen experts' scores."""
+def read_scale(read: ConfigReader, default: float = 1.0) -> float:
+    """The factor of the chosen experts' scores; transformers' `default` of an absent key."""
     # llama.cpp takes 0 for no factor
-    return read.number("routed_scaling_factor", low=_LEAST_SCALE, high=_MOST_SCALE, default=1.0)
+    return read.number("routed_scaling_factor", low=_LEAST_SCALE, high=_MOST_SCALE, default=default)
 
 
 def read_groups(read: ConfigReader, n_experts: int) -> tuple[int, int]:
@@ -89,9 +89,9 @@ def router_config(keys: GgufKeys) -> dict[str, Any]:
     """The config of such a router in a GGUF file, the kind of its scores apart."""
     llm = Keys.LLM
     return {
-        "n_shared_experts": keys.integer(llm.EXPERT_SHARED_COUNT, 0, _MOST_SHARED, default=0),
+        "n_shared_experts": keys.integer(llm.EXPERT_SHARED_COUNT, 0, MOST_SHARED, default=0),
         "routed_scaling_factor": keys.number(llm.EXPERT_WEIGHTS_SCALE, 0, _MOST_SCALE, default=1.0),
         "norm_topk_prob": keys.boolean(llm.EXPERT_WEIGHTS_NORM, default=False),
-        "n_group": keys.integer(llm.EXPERT_GROUP_COUNT, 1, _MOST_SHARED, default=1),
-        "topk_group": keys.integer(llm.EXPERT_GROUP_USED_COUNT, 1, _MOST_SHARED, default=1),
+        "n_group": keys.integer(llm.EXPERT_GROUP_COUNT, 1, MOST_SHARED, default=1),
+        "topk_group": keys.integer(llm.EXPERT_GROUP_USED_COUNT, 1, MOST_SHARED, default=1),
     }

@@ -54,6 +54,8 @@ from reap2gguf.models.rules import (
     ROTARY_BUFFER,
     MtpLayout,
     TensorRule,
+    fed_matrices,
+    joined_parameters,
     nested,
     single,
     sizes_of,
@@ -77,6 +79,10 @@ class DecoderModel(MoeModel):
     count_keys: ClassVar[tuple[str, ...]] = ("num_experts", "num_local_experts")
     width_key: ClassVar[str] = WIDTH_KEY  # the config's name of an expert's width
     chosen_key: ClassVar[str] = CHOSEN_KEY  # and of the number of experts per token
+    # the key of the activation of feed-forward layers, the only value, and what is computed by it
+    activation: ClassVar[tuple[str, str, str]] = ("hidden_act", "silu", "SwiGLU")
+    has_layer_sizes: ClassVar[bool] = False  # whether `per_layer_config` is read
+    spellings: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # others of that and of the context's
     fact_keys: ClassVar[tuple[str, ...]] = FACT_KEYS  # may not be null, and have one value
     # transformers' values of absent keys, where they are not those of most families
     defaults: ClassVar[Mapping[str, int]] = {}
@@ -152,7 +158,8 @@ class DecoderModel(MoeModel):
         """Refuse, by name, what no family here does, and a fact with two values."""
         read, section = self.text, ".".join(self.text_sections) if self.is_nested else ""
         refuse_contradictions(self.reader, read, section, self.fact_keys)
-        read.expect("hidden_act", "silu", why=f"llama.cpp's {self.gguf_arch} computes SwiGLU")
+        key, value, name = self.activation
+        read.expect(key, value, why=f"llama.cpp's {self.gguf_arch} computes {name}")
         if not self.has_attention_biases:
             read.expect("attention_bias", False, why="attention biases are not implemented")
         if read.values.get("pad_token_id") is not None:
@@ -160,7 +167,7 @@ class DecoderModel(MoeModel):
             vocab = read.integer("vocab_size", low=1, high=MAX_VOCABULARY)
             read.integer("pad_token_id", low=-vocab, high=vocab - 1)
         for reader in (self.reader, read):
-            refuse_hidden_effects(reader)
+            refuse_hidden_effects(reader, self.has_layer_sizes and reader is read)
 
     def common_facts(self, moe_layers: Sequence[int], has_mtp: bool = False) -> ModelFacts:
         """The facts, read from the keys under which most configs have them."""
@@ -170,6 +177,7 @@ class DecoderModel(MoeModel):
             self.defaults,
             self.width_key,
             self.chosen_key,
+            self.spellings,
             architecture=str(self.config["architectures"][0]),
             gguf_arch=self.gguf_arch,
             moe_layers=tuple(moe_layers),
@@ -179,7 +187,7 @@ class DecoderModel(MoeModel):
 
     def config_values(self) -> dict[str, Any]:
         return {
-            **config_values(self.facts),
+            **config_values(self.facts, self.chosen_key),
             self.count_keys[0]: self.facts.n_experts,
             self.width_key: self.facts.expert_width,
             self.epsilon[0]: read_epsilon(self.text, *self.epsilon),
@@ -237,9 +245,8 @@ class DecoderModel(MoeModel):
         return self.mtp is not None and name.startswith(self.mtp_prefix)
 
     def block_prefix(self, layer: int) -> str:
-        if layer == self.facts.mtp_layer:
-            return self.mtp_prefix
-        return f"{self.text_prefix}layers.{layer}."
+        is_mtp = layer == self.facts.mtp_layer
+        return self.mtp_prefix if is_mtp else f"{self.text_prefix}layers.{layer}."
 
     def layer_prefix(self, layer: int) -> str:
         """What the stored names of a decoder layer begin with, the MTP block's included."""
@@ -375,7 +382,7 @@ class DecoderModel(MoeModel):
         return self.experts.weights(stored, self.layer_prefix(layer), layer, self.facts)
 
     def expert_shapes(self, layer: int) -> Mapping[str, tuple[int, ...]]:
-        return self.experts.apart(self.layer_prefix(layer), self.facts)
+        return self.experts.shapes(self.layer_prefix(layer), self.facts)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         sizes = self.sizes()
@@ -391,6 +398,9 @@ class DecoderModel(MoeModel):
         rule = self._in_blocks[layer].get(name)
         return name if rule is None else rule.in_module
 
+    def joined(self, layer: int) -> Mapping[str, tuple[str, ...]]:
+        return joined_parameters(self._all_rules[layer])
+
     def is_computed_in_f32(self, layer: int, name: str) -> bool:
         rule = self._in_blocks[layer].get(name)
         return rule is not None and rule.computed_in_f32
@@ -404,15 +414,7 @@ class DecoderModel(MoeModel):
         return inside + self.experts.module
 
     def matrices(self, layer: int) -> Mapping[str, tuple[str, ...]]:
-        found: dict[str, tuple[str, ...]] = {}
-        for rule in self._all_rules[layer]:
-            if (module := rule.fed_by) is not None:
-                found[module] = (*found.get(module, ()), f"blk.{layer}.{rule.gguf}")
-        return found
+        return fed_matrices(self._all_rules[layer], layer)
 
     def expert_matrices(self, layer: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        blk = f"blk.{layer}.ffn_"
-        fed_by_inputs = tuple(
-            f"{blk}{projection}_exps.weight" for projection in self.experts.inputs
-        )
-        return fed_by_inputs, (f"{blk}down_exps.weight",)
+        return self.experts.matrices(layer)

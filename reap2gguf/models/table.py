@@ -11,8 +11,11 @@ from reap2gguf.messages import shown
 from reap2gguf.models.deepseek2 import DeepseekV2, DeepseekV3, Glm4MoeLite
 from reap2gguf.models.ernie4_5_moe import Ernie45Moe
 from reap2gguf.models.facts import COUNT_KEYS
+from reap2gguf.models.gemma4 import Gemma4
 from reap2gguf.models.glm4_moe import Glm4Moe
+from reap2gguf.models.gpt_oss import GptOss
 from reap2gguf.models.granite_moe import GraniteMoe, GraniteMoeShared
+from reap2gguf.models.kimi_linear import KimiLinear
 from reap2gguf.models.lfm2_moe import Lfm2Moe
 from reap2gguf.models.minimax_m2 import MiniMaxM2
 from reap2gguf.models.mixtral import Mixtral
@@ -32,10 +35,14 @@ ARCHITECTURES: dict[str, type[MoeModel]] = {
     "DeepseekV2ForCausalLM": DeepseekV2,
     "DeepseekV3ForCausalLM": DeepseekV3,
     "Ernie4_5_MoeForCausalLM": Ernie45Moe,
+    "Gemma4ForCausalLM": Gemma4,
+    "Gemma4ForConditionalGeneration": Gemma4,
     "Glm4MoeForCausalLM": Glm4Moe,
     "Glm4MoeLiteForCausalLM": Glm4MoeLite,
+    "GptOssForCausalLM": GptOss,
     "GraniteMoeForCausalLM": GraniteMoe,
     "GraniteMoeSharedForCausalLM": GraniteMoeShared,
+    "KimiLinearForCausalLM": KimiLinear,
     "Lfm2MoeForCausalLM": Lfm2Moe,
     "MiniMaxM2ForCausalLM": MiniMaxM2,
     "MixtralForCausalLM": Mixtral,

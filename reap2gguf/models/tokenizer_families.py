@@ -98,6 +98,9 @@ class TokenizerFamily:
         space_prefix: Whether a header repeats `add_prefix_space` of tokenizer_config.json, as
             llama.cpp's converter does for Llama and what it derives from it.
         sentencepiece: Whether they may also be SentencePiece models, which split no text.
+        gemma: Whether they may also be such models with ranks of merges, as Gemma-4 has them.
+        end_by_name: Whether the end of a text is the `eos_token` of tokenizer_config.json, and not
+            the id in config.json, where the vocabulary is a file of ranks.
         may_overlap: Whether published ones have added tokens that overlap in a text, such as
             `]~b]` and `]!d~[`: their users are told of it, and others are refused.
     """
@@ -108,6 +111,8 @@ class TokenizerFamily:
     prefix: tuple[str, ...] = ()
     space_prefix: bool = False
     sentencepiece: bool = False
+    gemma: bool = False
+    end_by_name: bool = False
     may_overlap: bool = False
 
 
@@ -130,12 +135,14 @@ _DEEPSEEK = TokenizerFamily(
 _GRANITE = TokenizerFamily({(ONE_DIGIT, GPT2_PATTERN): "refact"}, space_prefix=True)
 # by `model_type`, where a family has more than what means one thing only
 _FAMILIES: Mapping[str, TokenizerFamily] = {
+    "gemma4": TokenizerFamily({}, gemma=True),
     "glm4_moe": _GLM,
     "glm4_moe_lite": _GLM,
+    "gpt_oss": TokenizerFamily({O200K_STEPS: "gpt-4o"}),
     "lfm2_moe": TokenizerFamily({LLAMA3_STEPS: "lfm2"}),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
-    "kimi_linear": TokenizerFamily({KIMI_STEPS: "kimi-k2"}),
+    "kimi_linear": TokenizerFamily({KIMI_STEPS: "kimi-k2"}, end_by_name=True),
     "ernie4_5_moe": TokenizerFamily({}, space_prefix=True, sentencepiece=True),
     "olmoe": TokenizerFamily({(GPT2_PATTERN,): "olmo"}),
     "granitemoe": _GRANITE,

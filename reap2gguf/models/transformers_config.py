@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -18,21 +19,46 @@ if TYPE_CHECKING:
 INFINITY = {"__float__": "Infinity"}  # as transformers writes it
 
 
+# A model type that transformers knows in no class of its own -> that of the class that computes it.
+# It does the same for the text model of Kimi-K2.5.
+_SAME_AS = {"kimi_k2": "deepseek_v3"}
+
+
 def transformers_config(values: Mapping[str, Any]) -> Any:
     """What `AutoConfig.from_pretrained` makes of a folder whose config.json holds `values`.
 
-    A leftover of quantization is left out. No code that comes with a model is run. Raises
+    A leftover of quantization is left out. A type that only a model's own code has is taken for the
+    one that computes the same. No code that comes with a model is run. Raises
     ValueError for a model type that is unknown to transformers, and whatever its config classes
     raise.
     """
     from transformers import CONFIG_MAPPING
 
     model_type = values.get("model_type")
+    if isinstance(model_type, str) and model_type in _SAME_AS:
+        model_type = _SAME_AS[model_type]
+        values = {**values, "model_type": model_type}
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"model_type is {shown(model_type)}, expected one that transformers knows")
     # config classes change the values that they are given
     config_class = CONFIG_MAPPING[model_type]
-    return config_class.from_dict(with_infinity(copy.deepcopy(without_quantization(values))))
+    with warnings.catch_warnings():
+        # of keys in an older spelling, which published configs have
+        warnings.simplefilter("ignore", FutureWarning)
+        return config_class.from_dict(with_infinity(copy.deepcopy(without_quantization(values))))
+
+
+def config_of_known_type(values: Mapping[str, Any]) -> Any | None:
+    """The config of a model whose type transformers knows under another name; None of others.
+
+    It is for `from_pretrained`, which would look for that type; a `quantization_config` is kept.
+    """
+    known = _SAME_AS.get(str(values.get("model_type")))
+    if known is None:
+        return None
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[known].from_dict(copy.deepcopy({**values, "model_type": known}))
 
 
 def with_infinity(value: Any) -> Any:
@@ -57,13 +83,19 @@ def check_with_transformers(model: MoeModel) -> None:
         raise UnsupportedModelError(
             f"{model.reader.where}: transformers cannot read the config ({reason}); correct it"
         ) from error
-    for key, ours in model.config_values().items():
+    _compare(model, config, model.config_values())
+    for layer, values in model.config_values_of_layers().items():
+        _compare(model, config.per_layer_config[layer], values, f" of layer {layer}")
+
+
+def _compare(model: MoeModel, config: Any, values: Mapping[str, Any], what: str = "") -> None:
+    for key, ours in values.items():
         theirs = getattr(config, key, ours)
         if theirs != ours:
             raise UnsupportedModelError(
-                f"{model.reader.where}: {key} is read as {shown(ours)} here and as {shown(theirs)} "
-                "by transformers; state it in config.json where this version of transformers "
-                "looks for it"
+                f"{model.reader.where}: {key}{what} is read as {shown(ours)} here and as "
+                f"{shown(theirs)} by transformers; state it in config.json where this version of "
+                "transformers looks for it"
             )
 
 

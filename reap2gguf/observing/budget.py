@@ -35,6 +35,9 @@ _FEW_LAYERS = 4
 CONTEXT_BYTES = 640 * 2**20  # what CUDA and its libraries take of a GPU, tensors aside
 HOST_BYTES = 2 * 2**30  # of the host, left to the rest of the program and to the system
 _SLACK = 0.92  # allocators round up
+# Of the weights of attention over a whole row, of all heads, where no kernel computes it in pieces:
+# 3.2 were measured.
+_EAGER_COPIES = 4
 _MOVING = 4  # batches of hidden states on their way to and from the host
 _USUAL = 0.85  # of what a batch takes at most (bench/plan.py)
 _SMALLEST_RAISE = 2**26  # what a message advises to add to --memory, at least
@@ -150,7 +153,7 @@ class Kind:
         widths = attention_widths(self.has_linear_attention, self.on_gpu)
         return Need(
             layer=max(layers.values()),
-            position=position_bytes(self.model, widths, self.itemsize, self.on_gpu),
+            position=position_bytes(self.model, widths, self.itemsize, self.on_gpu, longest_row),
             hidden=self.hidden_bytes,
             n_positions=n_positions,
             longest_row=longest_row,
@@ -196,13 +199,18 @@ def save_seconds(n_bytes: int) -> float:
     return _SAVE_SECONDS + n_bytes / _SAVED_BYTES_PER_SECOND
 
 
-def position_bytes(model: MoeModel, widths: int, itemsize: int, on_gpu: bool) -> int:
+def position_bytes(
+    model: MoeModel, widths: int, itemsize: int, on_gpu: bool, longest_row: int
+) -> int:
     """Bytes that a position of a batch takes at most in a layer, weights aside.
 
     `widths`: what its attention takes (`attention_widths`); `itemsize`: bytes of a value.
     """
     facts = model.facts
-    attention = max(widths * facts.hidden_size * itemsize, model.mixer_bytes())
+    attention = widths * facts.hidden_size * itemsize
+    if model.has_eager_attention:
+        attention += _EAGER_COPIES * facts.n_heads * longest_row * itemsize
+    attention = max(attention, model.mixer_bytes())
     if not on_gpu:
         return attention  # a thread computes one expert at a time, which has few pairs
     pair = 2 * facts.expert_io_width + 4 * facts.expert_width

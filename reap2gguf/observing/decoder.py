@@ -21,12 +21,15 @@ from reap2gguf.models.loading import text_model
 from reap2gguf.observing.compute.by_device import follow_devices
 from reap2gguf.observing.compute.convolution import fuse_convolutions
 from reap2gguf.observing.compute.crew import Crew
+from reap2gguf.observing.compute.delta_attention import save_memory
 from reap2gguf.observing.compute.experts import IMPLEMENTATION, register
 from reap2gguf.observing.compute.fused import Shapes, fuse
 from reap2gguf.observing.compute.kernels import has_triton
+from reap2gguf.observing.linear_attention import has_linear_attention
 from reap2gguf.observing.loader import Target, Tensors, WeightLoader, target_bytes
 from reap2gguf.observing.mtp import build_mtp, next_tokens
 from reap2gguf.observing.readers import Readers
+from reap2gguf.observing.recording import Arguments, Recorded, Recorder, unshared
 from reap2gguf.observing.targets import layer_targets, names_by_layer, whole
 
 if TYPE_CHECKING:
@@ -37,35 +40,6 @@ if TYPE_CHECKING:
 
 _READERS = {"cpu": 2, "cuda": 8}
 _HEAD_TOKENS = 256  # 250 MB of float32 logits at a vocabulary of a quarter million
-Arguments = dict[str, Any]
-
-
-class _Recorded(Exception):
-    """The last recorder was called; the rest of the forward is not needed."""
-
-
-class _Recorder(torch.nn.Module):
-    """Takes the place of a decoder layer and records its arguments."""
-
-    def __init__(self, layer: torch.nn.Module, is_last: bool) -> None:
-        super().__init__()
-        self.is_last = is_last
-        self._replaced = [layer]  # in a list, it is no part of this module
-        self.hidden: Tensor | None = None
-        self.arguments: Arguments = {}
-
-    def __getattr__(self, name: str) -> Any:
-        """What a model asks of its layers besides calling them, such as their kind."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_replaced"][0], name)
-
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        self.hidden, self.arguments = hidden_states, arguments
-        if self.is_last:
-            raise _Recorded
-        return hidden_states
 
 
 class SharedThreads:
@@ -110,7 +84,10 @@ class StreamedDecoder:
             self._layers.append(block)
         if device.type == "cpu":
             follow_devices(part for layer in self._layers for part in layer.modules())
-        self._recorders = [_Recorder(self._layers[i], i == count - 1) for i in range(count)]
+        save_memory(part for layer in self._layers for part in layer.modules())
+        self._recorders = [
+            Recorder(layer, is_last=i == count - 1) for i, layer in enumerate(self._layers[:count])
+        ]
         self._base.layers = torch.nn.ModuleList(self._recorders)
         _build_rotary(self._base, device)
         self._arguments: dict[int, list[Arguments]] = {}  # by row length
@@ -124,7 +101,8 @@ class StreamedDecoder:
         self._found_targets: dict[int, dict[str, Target]] = {}
         self._shapes = Shapes()
         if has_triton(device):
-            self._shapes.prepare(device, dtype, getattr(self._base.config, "head_dim", None))
+            # from the values themselves: asked for one that differs among layers, a config raises
+            self._shapes.prepare(device, dtype, vars(self._base.config).get("head_dim"))
             for layer in (*self._layers, self._norm):
                 fuse(layer, self._shapes)
             fuse_convolutions(part for layer in self._layers for part in layer.modules())
@@ -151,8 +129,8 @@ class StreamedDecoder:
 
     @property
     def has_linear_attention(self) -> bool:
-        """Whether any layer's attention is a Gated DeltaNet."""
-        return any(hasattr(layer, "linear_attn") for layer in self._layers)
+        """Whether any layer's attention is a Gated DeltaNet, or Kimi Delta Attention."""
+        return has_linear_attention(self.weights.tensors)
 
     @property
     def mtp_layer(self) -> int | None:
@@ -165,7 +143,12 @@ class StreamedDecoder:
 
     def _load_embedding(self, name: str) -> None:
         weight = self._read(name, shared=True)
-        self._embedding.load_state_dict({"weight": weight}, assign=True)
+        embedding = self._embedding
+        embedding.load_state_dict({"weight": weight}, assign=True)
+        # a buffer that is not stored, by which some models multiply embeddings
+        if (scale := getattr(embedding, "embed_scale", None)) is not None:
+            factor = embedding.scalar_embed_scale
+            embedding.embed_scale = torch.full_like(scale, factor, device=self._device)
 
     def drop_embedding(self) -> None:
         """Free the token embedding."""
@@ -194,7 +177,7 @@ class StreamedDecoder:
     def _record(self, tokens: Tensor) -> Tensor:
         try:
             self._base(input_ids=tokens, use_cache=False)
-        except _Recorded:
+        except Recorded:
             hidden = self._recorders[0].hidden
         assert hidden is not None
         return hidden
@@ -285,25 +268,19 @@ class StreamedDecoder:
             self.drop_layer(index)
 
     @torch.inference_mode()
-    def run_layer(self, index: int, hidden: Tensor) -> Tensor:
-        """Layer `index` on hidden states (B, T, H), for a T that was embedded or recorded."""
-        arguments = self._arguments[hidden.shape[1]][index]
-        return self.by_rows(lambda rows: self._call_layer(index, hidden[rows], arguments), hidden)
+    def run_layer(self, index: int, hidden: Tensor, layer: torch.nn.Module | None = None) -> Tensor:
+        """Layer `index` on hidden states (B, T, H), for a T that was embedded or recorded.
+
+        `layer`: another module in its place, such as the same layer of a larger model.
+        """
+        arguments, module = self._arguments[hidden.shape[1]][index], layer or self._layers[index]
+        return self.by_rows(lambda rows: _call_layer(module, hidden[rows], arguments), hidden)
 
     def by_rows(self, function: Callable[[slice], Tensor], hidden: Tensor) -> Tensor:
         """`function` of slices of the rows of hidden states (B, T, H), joined."""
         if self.crew is None:
             return function(slice(None))
         return self.crew.by_rows(function, hidden.shape)
-
-    def _call_layer(self, index: int, hidden: Tensor, arguments: Arguments) -> Tensor:
-        output = self._layers[index](hidden, **arguments)
-        if not isinstance(output, Tensor):
-            raise UnsupportedModelError(
-                f"{type(self._layers[index]).__name__} returns {type(output).__name__}; this "
-                "version of transformers is not supported"
-            )
-        return output
 
     def load_ends(self) -> None:
         """Read the last norm and the embedding, which the MTP block needs."""
@@ -399,6 +376,16 @@ class StreamedDecoder:
             self._threads.close()
 
 
+def _call_layer(layer: torch.nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
+    output = layer(hidden, **unshared(arguments))
+    if not isinstance(output, Tensor):
+        raise UnsupportedModelError(
+            f"{type(layer).__name__} returns {type(output).__name__}; this version of "
+            "transformers is not supported"
+        )
+    return output
+
+
 def _build(weights: Weights, dtype: torch.dtype) -> Any:
     """transformers' model on the meta device, without its head."""
     register()
@@ -414,7 +401,10 @@ def _build(weights: Weights, dtype: torch.dtype) -> Any:
 
 
 def _build_rotary(base: Any, device: torch.device) -> None:
-    """Give a model its rotary embedding: buffers that are computed, not stored."""
+    """Give a model its rotary embedding: buffers that are computed, not stored.
+
+    Some models have one for each type of layers, in one module.
+    """
     for name, module in list(base.named_children()):
-        if hasattr(module, "inv_freq"):
+        if any(buffer.endswith("inv_freq") for buffer, _ in module.named_buffers(recurse=False)):
             setattr(base, name, type(module)(config=base.config).to(device))

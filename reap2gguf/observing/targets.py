@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +21,20 @@ def whole(weights: Weights, name: str, dtype: torch.dtype) -> Target:
     stored = weights.tensors[name]
     run = ByteRun(name, stored_type(weights, name), 0, stored.n_elements, 0)
     return Target(stored.shape, dtype, (run,))
+
+
+def _joined(weights: Weights, names: Sequence[str], dtype: torch.dtype) -> Target:
+    """Stored tensors one after another on axis 0; of one, the tensor as it is."""
+    runs: list[ByteRun] = []
+    start = 0
+    for name in names:
+        stored = weights.tensors[name]
+        runs.append(ByteRun(name, stored_type(weights, name), 0, stored.n_elements, start))
+        start += stored.n_elements
+    if len(names) == 1:
+        return Target(weights.tensors[names[0]].shape, dtype, tuple(runs))
+    n_rows = sum(weights.tensors[name].shape[0] for name in names)
+    return Target((n_rows, *weights.tensors[names[0]].shape[1:]), dtype, tuple(runs))
 
 
 def rows_of(weights: Weights, name: str, first: int, last: int, dtype: torch.dtype) -> Target:
@@ -67,6 +81,7 @@ def layer_targets(
     prefix = model.block_prefix(index)
     base = model.experts_path(index)
     targets: dict[str, Target] = {}
+    joined = model.joined(index)
     has_weights = False
     for name in weights.tensors if names is None else names:
         if not name.startswith(prefix):
@@ -79,7 +94,8 @@ def layer_targets(
         if not isinstance(role, Expert):
             own = (module_dtypes or {}).get(parameter, dtype)
             own = torch.float32 if model.is_computed_in_f32(index, inside) else own
-            targets[parameter] = whole(weights, name, own)
+            parts = joined.get(parameter, (inside,))
+            targets[parameter] = _joined(weights, [prefix + part for part in parts], own)
         elif role.part == "bias" or model.module_is_as_stored:
             own = dtype if widen_experts else stored_type(weights, name)
             targets[f"{base}.{_fused_name(parameter)}"] = whole(weights, name, own)

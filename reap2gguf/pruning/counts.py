@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from reap2gguf.errors import UsageError
-from reap2gguf.pruning.methods import merges
+from reap2gguf.pruning.methods import is_from_weights, merges
+
+WEIGHED = "auto"  # a compression: the number of experts is weighed against bits, in a build
 
 
 def check_counts(keep_experts: object, compression: object) -> None:
@@ -24,6 +26,32 @@ def check_counts(keep_experts: object, compression: object) -> None:
             f"; for {compression:g} % pass {compression / 100:g}" if 2 <= compression < 100 else ""
         )
         raise UsageError(f"--compression {compression:g}: expected 0 or more and less than 1{hint}")
+
+
+def check_weighed(method: str, keep_experts: object, has_target: bool, kept: object | None) -> None:
+    """Raise UsageError for options that leave nothing to weigh, or nothing to weigh it by."""
+    auto = f"--compression {WEIGHED}"
+    if keep_experts is not None:
+        raise UsageError(
+            f"--keep-experts and {auto} both set the number of experts; pass one of them"
+        )
+    if not has_target:
+        raise UsageError(
+            f"{auto} divides a size between experts and bits, and no size is given; pass "
+            "--target-size, such as 12GiB, --target-bpw or --fit, or a number as --compression"
+        )
+    if kept is not None:
+        raise UsageError(f"{auto} finds how many experts stay, and --kept names them; pass one")
+    if merges(method):
+        raise UsageError(
+            f"{auto} measures what it costs to remove experts, and --method {method} merges them; "
+            "pass another --method, such as reap, or a number as --compression"
+        )
+    if is_from_weights(method):
+        raise UsageError(
+            f"{auto} predicts what quantizing costs by sums of the pass that observes the experts, "
+            f"and --method {method} makes none; pass another --method, such as reap"
+        )
 
 
 def check_asked(method: str, repair: str, group_size: object) -> None:

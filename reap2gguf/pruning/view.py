@@ -45,7 +45,7 @@ class _Slices(Weights):
         self._source = source
         self._origins = origins
         self.tensors = {
-            name: StoredTensor(name, stored.dtype, _shape(stored.shape, origin))
+            name: StoredTensor(name, stored.dtype, _shape(stored.shape, origin), coded=stored.coded)
             for name, origin in origins.items()
             for stored in (source.tensors[origin.name],)
         }

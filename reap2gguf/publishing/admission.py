@@ -13,7 +13,7 @@ from reap2gguf.bundle.layout import CARD_FILE, HUB_FILES, MANIFEST_FILE, SUMS_FI
 from reap2gguf.bundle.sums import parse_sums
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError, PublishError
-from reap2gguf.gguf_files.split import parse_part_name
+from reap2gguf.gguf_files.part_names import parse_part_name
 from reap2gguf.messages import shown
 from reap2gguf.publishing.remote import RemoteRepo, fetch_small, look_up, patiently
 

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from reap2gguf.errors import RecipeError, UsageError
-from reap2gguf.gguf_files.split import parse_part_name
+from reap2gguf.gguf_files.part_names import parse_part_name
 
 # what a path holds if llama.cpp does not take the file for a model
 _NOT_MODELS = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")

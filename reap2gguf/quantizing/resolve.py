@@ -36,13 +36,19 @@ class ResolvedTensor:
     tensor: GgufTensor
     tensor_type: Type
     by: Rule | None
-    wanted: Type | None = None  # the type that was meant, if rows do not fill its blocks
+    # the type that was meant, if rows do not fill its blocks, or the checkpoint's own are kept
+    wanted: Type | None = None
     minimum: Minimum | None = None  # of importance that the recipe asks for
 
     @property
     def rule(self) -> str | None:
         """What the rule matches."""
         return None if self.by is None else self.by.selector.words
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether the file holds the checkpoint's own blocks."""
+        return self.tensor.is_copied_as(self.tensor_type)
 
     @property
     def n_bytes(self) -> int:
@@ -165,11 +171,24 @@ def resolve(
             wanted = chooser.choose(tensor) if whole is None else whole
             tensor_type = chooser.fitted(tensor, wanted) if whole is None else whole
             by = None
+        if by is None or by.fallback:
+            tensor_type = _kept(tensor, tensor_type)
         meant = None if wanted is tensor_type else wanted
         minimum = _minimum(tensor, tensor_type, by, recipe)
         resolved[tensor.name] = ResolvedTensor(tensor, tensor_type, by, meant, minimum)
     refuse_idle_rules(recipe, winners, tensors, places)
     return ResolvedRecipe(recipe, tuple(resolved[tensor.name] for tensor in tensors))
+
+
+def _kept(tensor: GgufTensor, tensor_type: Type) -> Type:
+    """The type in which the checkpoint has a tensor's blocks, unless `tensor_type` is smaller.
+
+    More bits than were stored would hold nothing more.
+    """
+    kept, n_columns = tensor.block_type, tensor.n_columns
+    if kept is None or row_bytes(tensor_type, n_columns) < row_bytes(kept, n_columns):
+        return tensor_type
+    return kept
 
 
 def _minimum(

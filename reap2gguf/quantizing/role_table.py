@@ -254,6 +254,10 @@ def _reason(entry: ResolvedTensor) -> str:
     """Why a tensor did not get the type that was meant for it."""
     if entry.wanted is None:
         return ""
+    if entry.is_copied:
+        return (
+            f"they are stored as {entry.tensor_type.name}, and would take no fewer bits in another"
+        )
     block = block_of(entry.wanted)[0]
     return (
         f"rows of {entry.tensor.n_columns:,} do not fill the blocks of {block} that "

@@ -55,12 +55,11 @@ class Tap:
         are not linear in `down_proj`.
         """
         watch(experts, watcher := _Unseen())
-        if getattr(experts, "is_transposed", False) or getattr(
-            experts, "has_post_expert_norm", False
-        ):
+        others = ("is_transposed", "has_bias", "has_post_expert_norm")
+        if any(getattr(experts, name, False) for name in others):
             raise UnsupportedModelError(
-                f"{type(experts).__name__}: {option} is not defined for experts with a norm after "
-                "them, or whose matrices transformers keeps transposed; leave it out"
+                f"{type(experts).__name__}: {option} is not defined for experts with biases or a "
+                "norm after them, or whose matrices transformers keeps transposed; leave it out"
             )
         self._watcher = watcher
         self._parts: dict[int, tuple[Tensor, ...]] = {}  # by the first position of a slice
@@ -233,9 +232,14 @@ def _compared(sides: Sides, batch: Batch, hidden: Tensor, pruned: Tap, original:
     original.expect(real)
     sides.pruned.run_layer(sides.index, hidden.view(shape))
     inputs, index, gates, output = pruned.take()
-    block = sides.original_layer.get_submodule(sides.path.rpartition(".")[0])
-    entering = pruned.take_entering().view(shape)
-    sides.original.by_rows(lambda rows: block(entering[rows]), entering)
+    if path := sides.path.rpartition(".")[0]:
+        block = sides.original_layer.get_submodule(path)
+        entering = pruned.take_entering().view(shape)
+        sides.original.by_rows(lambda rows: block(entering[rows]), entering)
+    else:
+        # the layer itself holds router and experts; its attention has the pruned layer's weights
+        pruned.take_entering()
+        sides.pruned.run_layer(sides.index, hidden.view(shape), sides.original_layer)
     original.take_entering()
     return inputs, index, gates, output, original.take()[3]
 

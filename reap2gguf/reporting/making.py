@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
+from statistics import median
 from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.layout import (
@@ -42,7 +43,7 @@ from reap2gguf.reporting.tables import (
 from reap2gguf.reporting.tables import facts as facts_list
 
 if TYPE_CHECKING:
-    from reap2gguf.bundle.manifest import CalibrationRecord, ComponentRecord
+    from reap2gguf.bundle.manifest import CalibrationRecord, ComponentRecord, ImportanceRecord
     from reap2gguf.reporting.facts import ReportFacts
 
 _NOT_RECORDED = "not recorded"
@@ -51,7 +52,11 @@ _NOT_RECORDED = "not recorded"
 def calibration(facts: ReportFacts) -> Html:
     """The section of the calibration texts."""
     return section(
-        "calibration", "Calibration", facts_list(list(_calibration(facts))), _components(facts)
+        "calibration",
+        "Calibration",
+        facts_list(list(_calibration(facts))),
+        _components(facts),
+        _coverage(facts.manifest.calibration.imatrix_coverage),
     )
 
 
@@ -78,6 +83,10 @@ def _calibration(facts: ReportFacts) -> Iterator[tuple[str, Child]]:
     if found.seed is not None:
         yield "seed", str(found.seed)
     yield "importance matrix", _importance(found)
+    if n_tokens := _importance_tokens(facts):
+        yield "tokens of the importance matrix", f"{n_tokens:,}"
+    if (covered := found.imatrix_coverage) is not None:
+        yield "tokens per expert", _tokens_per_expert(covered)
     if found.imatrix_unseen:
         yield "experts without importance", f"{found.imatrix_unseen:,}: no token reached them"
 
@@ -99,6 +108,53 @@ def _importance(found: CalibrationRecord) -> Child:
     if found.imatrix_file is not None:
         return together(text, "; it was not computed here but given as ", code(found.imatrix_file))
     return text
+
+
+def _importance_tokens(facts: ReportFacts) -> int:
+    """Tokens that the importance matrix was computed on; 0 if that is not recorded."""
+    found = facts.manifest.calibration
+    if found.is_of_observations and facts.manifest.pruning.n_tokens:
+        return facts.manifest.pruning.n_tokens  # rows, of many lengths
+    return (found.imatrix_chunks or 0) * (found.imatrix_chunk_size or 0)
+
+
+def _tokens_per_expert(covered: ImportanceRecord) -> str:
+    """What the importance matrix saw of the experts, in one line."""
+    n_experts = sum(map(len, covered.tokens.values()))
+    line = f"median {covered.median:,}, fewest {covered.fewest:,}"
+    if covered.n_few:
+        share = covered.n_few / max(1, n_experts)
+        line += (
+            f"; {covered.n_few:,} of {n_experts:,} experts ({share:.1%}) saw under "
+            f"{covered.few_below:,}"
+        )
+    return line
+
+
+def _coverage(covered: ImportanceRecord | None) -> Child:
+    """Tokens of the importance matrix by layer, folded; nothing where they are not known."""
+    if covered is None or not covered.tokens:
+        return ""
+    columns = [
+        Column("layer"),
+        Column("fewest tokens"),
+        Column("median"),
+        Column(f"experts under {covered.few_below:,}"),
+        Column("experts without any"),
+    ]
+    rows = [
+        [
+            count(layer),
+            count(min(tokens)),
+            count(int(median(tokens))),
+            count(sum(one < covered.few_below for one in tokens)),
+            count(sum(one == 0 for one in tokens)),
+        ]
+        for layer, tokens in sorted(covered.tokens.items())
+        if tokens
+    ]
+    title = "Tokens of the importance matrix that the experts of each layer saw"
+    return details(title, table(title, columns, rows))
 
 
 def _components(facts: ReportFacts) -> Html:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from reap2gguf.messages import size
+from reap2gguf.fitting.lines import budget_lines
 from reap2gguf.terminal.click_options import (
     follow_links_option,
     json_option,
@@ -72,7 +72,7 @@ class _Counts(click.ParamType):  # type: ignore[type-arg]
     type=_Counts(),
     metavar="N,...",
     help="Numbers of experts to weigh.",
-    default_text="all, 7/8, 3/4, 5/8 and half of them",
+    default_text="all, 15/16, 7/8, 13/16, 3/4, 5/8 and half of them",
 )
 @criterion_option
 @target_options
@@ -147,23 +147,12 @@ def recipes_budget(
     if as_json:
         say_json(budget_as_json(found))
     else:
-        say_all(budget_lines(found))
+        say_all(_lines(found))
 
 
-def budget_lines(found: BudgetResult) -> Iterator[str]:
+def _lines(found: BudgetResult) -> Iterator[str]:
     """The table for people, and the best number of experts."""
-    yield "experts   bits        size    pruning (measured)  quantizing (predicted)  together"
-    for one in found.candidates:
-        pruning = f"{one.pruning:.4f} ± {one.pruning_error:.4f}"
-        if one.bits_per_weight is None or one.n_bytes is None:
-            yield f"{one.n_experts:>7}      -           -   {pruning:>19}   {'does not fit':>21}"
-            continue
-        best = "  best" if one is found.best else ""
-        yield (
-            f"{one.n_experts:>7}  {one.bits_per_weight:>5.2f}  {size(one.n_bytes):>10}   "
-            f"{pruning:>19}   {one.quantizing:>21.4f}  {one.damage:>8.4f}{best}"
-        )
-    yield f"KL divergence from the source in nats per token; {found.n_scored:,} tokens scored"
+    yield from budget_lines(found.candidates, found.n_scored)
     yield f"least: --keep-experts {found.best.n_experts}"
 
 

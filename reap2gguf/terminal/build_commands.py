@@ -71,6 +71,7 @@ def build(
     Example:
       reap2gguf build --recipe unsloth-iq4km
       reap2gguf build ./Qwen3-30B-A3B --recipe Q4_K_M,Q8_0 --keep-experts 96
+      reap2gguf build ./Qwen3-30B-A3B --compression auto --target-size 12GiB
       reap2gguf build Qwen3-30B-A3B-Q4_K_M.gguf --memory 4GiB
       reap2gguf build --like reap2gguf.json
     """

@@ -19,7 +19,7 @@ from reap2gguf.messages import shown
 from reap2gguf.options import DEFAULT_RECIPES
 from reap2gguf.terminal.console import say
 from reap2gguf.terminal.help import MODEL, Number, option
-from reap2gguf.terminal.option_types import FilePath, FolderPath
+from reap2gguf.terminal.option_types import CompressionType, FilePath, FolderPath
 
 if TYPE_CHECKING:
     from reap2gguf.building.likeness import Likeness
@@ -166,6 +166,8 @@ def _toml_type(parameter: click.Parameter) -> tuple[tuple[type, ...], str]:
         isinstance(kind, Number) and isinstance(kind.low, float)
     ):
         return (float, int), "a number"
+    if isinstance(kind, CompressionType):
+        return (float, int, str), "a number or text"
     if isinstance(kind, click.types.IntParamType | Number):
         return (int,), "a whole number"
     return (str,), "text"

@@ -96,8 +96,8 @@ def imatrix_show(file: Path, below: int, with_experts: bool, as_csv: bool, as_js
     section=PRUNE,
     type=FolderPath,
     required=True,
-    metavar="FOLDER",
-    help="The pruned model: a folder of a bundle, or one that `prune` wrote.",
+    metavar="FOLDER|FILE",
+    help="The pruned model: a folder of a bundle, or the folder or GGUF file that `prune` wrote.",
 )
 @option(
     "-o", "--output", section=WRITE, type=FilePath, required=True, help="imatrix.gguf to write."
@@ -115,6 +115,7 @@ def imatrix_slice(file: Path, kept: Path, output: Path, as_json: bool) -> None:
     Example:
       reap2gguf imatrix slice Qwen3-30B-A3B.imatrix --kept build/Qwen3-30B-A3B-REAP-0.25 \\
           -o imatrix.gguf
+      reap2gguf imatrix slice imatrix.gguf --kept Qwen3-30B-A3B-REAP-Q4_K_M.gguf -o cut.gguf
     """
     from reap2gguf.terminal import imatrix_views
 

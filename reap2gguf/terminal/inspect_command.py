@@ -39,7 +39,8 @@ def inspect_command(
 ) -> None:
     """Show what a ratio keeps, or what was pruned.
 
-    PATH is a file that `observe` wrote, a folder of a bundle, or an importance matrix. For
+    PATH is a file that `observe` wrote, a folder of a bundle, an importance matrix, or a GGUF file
+    of a model, of which its experts and types are shown, and what it keeps of its source. For
     observations, prints the share of the scores that each layer keeps at several ratios, and how
     many tokens its experts got. For a bundle, what it keeps. For an importance matrix, statistics
     of its tensors.
@@ -49,6 +50,7 @@ def inspect_command(
       reap2gguf inspect observations.safetensors --ratios 0.25,0.5
       reap2gguf inspect build/Qwen3-30B-A3B-REAP-0.25
       reap2gguf inspect imatrix.gguf --csv
+      reap2gguf inspect Qwen3-30B-A3B-REAP-Q4_K_M.gguf
     """
     from reap2gguf.terminal.inspect_views import as_lines, as_table, as_values
 

@@ -12,10 +12,12 @@ from typing import Any
 
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.gguf_files.imatrix_statistics import ImatrixInspection
+from reap2gguf.gguf_source.inspection import GgufInspection
+from reap2gguf.messages import one_line, quantity, size
 from reap2gguf.pruning.coverage import observed_notes
 from reap2gguf.pruning.inspection import BundleInspection, ObservationsInspection
 
-Inspection = ObservationsInspection | BundleInspection | ImatrixInspection
+Inspection = ObservationsInspection | BundleInspection | ImatrixInspection | GgufInspection
 _COLUMNS = 80
 _SHORTEST_BAR, _LONGEST_BAR = 6, 30
 _BLOCKS = " \u258f\u258e\u258d\u258c\u258b\u258a\u2589\u2588"  # eighths of a letter
@@ -27,6 +29,8 @@ def as_lines(found: Inspection, title: str) -> Iterable[str]:
         lines = _observations_lines(found, title)
     elif isinstance(found, BundleInspection):
         lines = _bundle_lines(found)
+    elif isinstance(found, GgufInspection):
+        lines = _gguf_lines(found)
     else:
         lines = _imatrix_lines(found, title)
     for line in lines:
@@ -72,6 +76,28 @@ def _most(width: int) -> int | None:
 
 def _shares(shares: Sequence[float]) -> str:
     return "".join(f" {100 * share:>6.1f}%" for share in shares)
+
+
+def _gguf_lines(found: GgufInspection) -> Iterator[str]:
+    parts = f", {found.n_parts} parts" if found.n_parts > 1 else ""
+    yield one_line(f"{found.file}: {found.name or 'no name'}, {found.architecture}{parts}")
+    yield (
+        f"{size(found.n_bytes)}, {quantity(found.n_parameters, 'parameters')}, "
+        f"{found.bits_per_weight:.2f} bits per weight"
+    )
+    yield (
+        f"{found.n_experts} experts in each of {found.n_moe_layers} layers, "
+        f"{found.experts_per_token} active per token"
+    )
+    if found.kept and found.source_experts is not None:
+        yield one_line(
+            f"keeps {found.n_experts} of {found.source_experts} experts of {found.source}, "
+            f"chosen by {found.method}"
+        )
+    yield ""
+    yield f"{'type':>8} {'tensors':>8} {'size':>12}"
+    for one in found.types:
+        yield f"{one.type:>8} {one.n_tensors:>8,} {size(one.n_bytes):>12}"
 
 
 def _bundle_lines(found: BundleInspection) -> Iterator[str]:
@@ -171,6 +197,9 @@ def as_table(found: Inspection) -> Iterable[str]:
     elif isinstance(found, BundleInspection):
         rows = [list(asdict(one).values()) for one in found.layers]
         head = ["layer", "n_experts", "n_kept", "share", "n_unseen_kept"]
+    elif isinstance(found, GgufInspection):
+        rows = [list(asdict(one).values()) for one in found.types]
+        head = ["type", "n_tensors", "n_bytes"]
     else:
         rows = [list(asdict(one).values()) for one in found.groups]
         head = list(asdict(found.groups[0]))
@@ -183,6 +212,8 @@ def as_values(found: Inspection) -> dict[str, Any]:
     """An inspection for programs."""
     if isinstance(found, ImatrixInspection):
         return {"kind": "imatrix", **asdict(found)}
+    if isinstance(found, GgufInspection):
+        return {"kind": "gguf", **asdict(found), "bits_per_weight": found.bits_per_weight}
     if isinstance(found, BundleInspection):
         pruning = found.manifest.pruning
         return {

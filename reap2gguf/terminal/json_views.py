@@ -50,6 +50,7 @@ def result_as_json(result: BuildResult, log: Path | None = None) -> dict[str, An
         ],
         "verified": list(manifest.verification["passed"]),
         "choice": None if manifest.choice is None else asdict(manifest.choice),
+        "budget": None if manifest.budget is None else asdict(manifest.budget),
         "evaluation": None if manifest.evaluation is None else manifest.evaluation.as_json(),
     }
 

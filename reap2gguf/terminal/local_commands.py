@@ -138,6 +138,7 @@ def chat(bundle: Path, wanted: str | None, prompt: str | None, engine: str, **op
         options["temperature"], options["tokens"], options["seed"], options["system"]
     )
     if program is not None:
+        _say_what_loads(model.path, program)
         say(f"running {model.path.name} with {program}")
         replace_process(program, cli_arguments(model, running, answer, prompt))
     from reap2gguf.local.chat import Conversation
@@ -228,6 +229,7 @@ def serve(bundle: Path, wanted: str | None, engine: str, **options: Any) -> None
         say(f"{model.mmproj.name} is not used: images need llama-server")
     say(f"{listening.address}  {model.name} ({by})", "result")
     if program is not None:
+        _say_what_loads(model.path, program)
         serving.run_llama_server(program, model, running, listening)
     serving.run_python_server(model, running, listening, is_verbose())
 
@@ -239,6 +241,21 @@ def _pick(bundle: Path, wanted: str | None) -> ModelFile:
     if model.others:
         say(f"{model.path.name}; --file chooses another: {', '.join(model.others)}")
     return model
+
+
+def _say_what_loads(path: Path, program: Path) -> None:
+    """Say so where only a program of ik_llama.cpp loads a file: this one may be llama.cpp's.
+
+    Raises ArtifactError if it is no GGUF file.
+    """
+    from reap2gguf.gguf_files.reader import read_gguf_header
+    from reap2gguf.local.header_check import ik_types
+
+    if types := ik_types(read_gguf_header(path)):
+        say(
+            f"{path.name} has tensors of {', '.join(types)}, which only ik_llama.cpp loads: "
+            f"{program} must be its program"
+        )
 
 
 def _report_fallback(program: Path | None, engine: str, name: str) -> None:

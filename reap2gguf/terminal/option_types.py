@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from reap2gguf.messages import shown
+from reap2gguf.pruning.counts import WEIGHED
 
 _MOST_BYTES = 2**60
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)(B?)", re.IGNORECASE)
@@ -78,3 +79,19 @@ class RatiosType(click.ParamType):  # type: ignore[type-arg]
                 self.fail(f"{shown(text)} is not a ratio such as 0.25 or 25%", param, ctx)
             found.append(number / 100 if text.strip().endswith("%") else number)
         return tuple(found)
+
+
+class CompressionType(click.ParamType):  # type: ignore[type-arg]
+    """A share of the experts, or the word that lets a build find it."""
+
+    name = "compression"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | str:
+        if value == WEIGHED:
+            return WEIGHED
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{shown(value)} is neither a number such as 0.25 nor {WEIGHED}", param, ctx)

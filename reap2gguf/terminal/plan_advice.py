@@ -66,7 +66,7 @@ def odd_row_lines(recipe: ResolvedRecipe) -> Iterator[str]:
     """The types that tensors get since their rows do not fill the blocks of the one meant."""
     groups: dict[tuple[int, str, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for entry in recipe.table:
-        if entry.wanted is not None:
+        if entry.wanted is not None and not entry.is_copied:
             name = re.sub(r"^blk\.\d+\.", "", entry.tensor.name).removesuffix(".weight")
             key = entry.tensor.n_columns, entry.tensor_type.name, entry.wanted.name
             groups[key][name] += 1
@@ -78,6 +78,17 @@ def odd_row_lines(recipe: ResolvedRecipe) -> Iterator[str]:
             f"rows of {columns:,} do not fill blocks of {wanted}: {sum(names.values())} tensors "
             f"({some}) are {found}"
         )
+
+
+def copied_lines(recipe: ResolvedRecipe) -> Iterator[str]:
+    """How many tensors of a file hold the checkpoint's own blocks, if any do."""
+    copied = [entry for entry in recipe.table if entry.is_copied]
+    if not copied:
+        return
+    kept = copied[0].tensor_type.name
+    others = sorted({entry.wanted.name for entry in copied if entry.wanted is not None})
+    instead = f"; as {' or '.join(others)} they would take no fewer bits" if others else ""
+    yield f"{len(copied)} tensors stay in the {kept} that they are stored in, bit for bit{instead}"
 
 
 def coverage_lines(known: KnownCoverage) -> Iterator[str]:

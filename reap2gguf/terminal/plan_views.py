@@ -14,11 +14,12 @@ from reap2gguf.building.needs.rented import GPUS, H100
 from reap2gguf.calibration.spec import DEFAULT_MIX
 from reap2gguf.exporting.quantizers import Quantizers, quantizers_of
 from reap2gguf.gguf_files.imatrix_coverage import FEW
-from reap2gguf.messages import duration, parameters, quantity, size
+from reap2gguf.messages import duration, quantity, size
 from reap2gguf.pruning.select import friendly_count, is_fused
 from reap2gguf.terminal.imatrix_views import expert_lines
 from reap2gguf.terminal.plan_advice import (
     choice_lines,
+    copied_lines,
     coverage_as_json,
     coverage_lines,
     covered_experts,
@@ -26,7 +27,13 @@ from reap2gguf.terminal.plan_advice import (
     odd_row_lines,
     quality_line,
 )
-from reap2gguf.terminal.target_views import sized_lines, target_as_json
+from reap2gguf.terminal.target_views import (
+    kept_lines,
+    remaining_line,
+    sized_lines,
+    target_as_json,
+    waiting_lines,
+)
 
 if TYPE_CHECKING:
     from reap2gguf.building.needs.estimate import Estimate
@@ -69,6 +76,8 @@ def _lines(
         for line in coverage_lines(needs.reused.coverage):
             yield from _wrapped(line)
     yield from _wrapped(quality_line(plan, needs))
+    for line in waiting_lines(needs):
+        yield from _wrapped(line)
     for warning in plan.warnings:
         yield from _wrapped(f"warning: {warning}")
     yield from _files(plan, with_tensors)
@@ -103,19 +112,13 @@ def _wrapped(text: str, indent: str = "  ") -> Iterator[str]:
 
 
 def _model(plan: Plan) -> Iterator[str]:
-    facts, target = plan.model.facts, plan.target
-    yield (
-        f"{facts.architecture}, {facts.n_layers} layers; {parameters(plan.n_parameters)} of "
-        f"{parameters(plan.checkpoint.n_parameters)} parameters remain"
-    )
+    target = plan.target
+    yield remaining_line(plan)
     if unfetched := plan.checkpoint.unfetched_bytes:
         cached = plan.checkpoint.n_stored_bytes - unfetched
         in_cache = f"; {size(cached)} are in the cache" if cached > 0 else ""
         yield f"{size(unfetched)} of weights will be fetched from the Hub{in_cache}"
-    yield (
-        f"experts: keeps {target.n_kept} of {target.n_experts} in each of "
-        f"{len(facts.moe_layers)} MoE layers, {facts.experts_per_token} active per token"
-    )
+    yield from kept_lines(plan)
     if plan.chooses:
         names = ", ".join(plan.candidates)
         yield f"method: the best of {names}, measured on held-out rows and on another text"
@@ -137,7 +140,7 @@ def _calibration(plan: Plan, needs: Estimate) -> str:
     parts = []
     if plan.observations is not None:
         parts.append(f"observations: {plan.observations.file}, reused")
-    if plan.takes_sums:
+    if plan.quantizes_by_sums:
         parts.append("importance matrix: of MODEL, taken in the pass that ranks the experts")
     if plan.imatrix is not None:
         cut = "" if plan.imatrix.cut_from is None else " and cut to the experts that stay"
@@ -173,7 +176,8 @@ def _rounded(n_tokens: int) -> str:
 def _files(plan: Plan, with_tensors: bool) -> Iterator[str]:
     """Each file with its size, and the types of its tensors."""
     if plan.writes_hf:
-        yield f"  {plan.name}/  {size(plan.hf_bytes)} of safetensors"
+        most = "up to " if plan.weighs else ""
+        yield f"  {plan.name}/  {most}{size(plan.hf_bytes)} of safetensors"
     for recipe in plan.recipes:
         yield f"  {plan.gguf_name(recipe)}  {size(recipe.n_bytes)}"
         if plan.sized is not None and recipe is plan.recipes[-1]:
@@ -182,7 +186,7 @@ def _files(plan: Plan, with_tensors: bool) -> Iterator[str]:
             continue
         bits = f"{recipe.file_type}, {recipe.bits_per_weight:.2f} bits per weight: "
         yield from _wrapped(bits + _types(recipe), "    ")
-        for line in odd_row_lines(recipe):
+        for line in (*odd_row_lines(recipe), *copied_lines(recipe)):
             yield from _wrapped(line, "    ")
         if with_tensors:
             yield from _type_lines(recipe)
@@ -304,6 +308,7 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
         "experts": {
             "source": facts.n_experts,
             "kept": plan.target.n_kept,
+            "weighed": list(plan.counts) if plan.weighs else None,
             "per_token": facts.experts_per_token,
             "layers": len(facts.moe_layers),
             "friendly": friendly_count(plan.target, facts.experts_per_token),

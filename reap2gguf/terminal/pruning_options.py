@@ -6,9 +6,10 @@ import click
 
 from reap2gguf.choosing.names import AUTO, BUILD_METHODS, CANDIDATES
 from reap2gguf.options import DEQUANTIZE_CHOICES, MTP_CHOICES, REPAIR_CHOICES
+from reap2gguf.pruning.counts import WEIGHED
 from reap2gguf.pruning.methods import FROM_WEIGHTS, GROUP_SIZE, MERGING, METHODS, OBSERVED
 from reap2gguf.terminal.help import PRUNE, Number, option, together
-from reap2gguf.terminal.option_types import FilePath, RatiosType
+from reap2gguf.terminal.option_types import CompressionType, FilePath, RatiosType
 
 kept_option = option(
     "--kept",
@@ -36,14 +37,16 @@ ratios_option = option(
     default_text="0.125,0.25,0.375,0.5",
 )
 
+keep_experts_option = option(
+    "--keep-experts",
+    section=PRUNE,
+    type=int,
+    metavar="N",
+    help="Number of experts to keep per layer.",
+)
+
 count_options = together(
-    option(
-        "--keep-experts",
-        section=PRUNE,
-        type=int,
-        metavar="N",
-        help="Number of experts to keep per layer.",
-    ),
+    keep_experts_option,
     option(
         "--compression",
         section=PRUNE,
@@ -150,7 +153,16 @@ choose_text_option = option(
 
 build_pruning_options = together(
     kept_option,
-    count_options,
+    keep_experts_option,
+    option(
+        "--compression",
+        section=PRUNE,
+        type=CompressionType(),
+        metavar="R|auto",
+        help="Share of experts to remove, in place of --keep-experts: floor(E x R) per layer; or "
+        f"{WEIGHED}, which divides --target-size or --fit between experts and bits.",
+        default_text="0.25",
+    ),
     option(
         "--method",
         section=PRUNE,

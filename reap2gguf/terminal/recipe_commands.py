@@ -20,12 +20,18 @@ from reap2gguf.terminal.compute_options import (
     quantizing_device_option,
     threads_option,
 )
-from reap2gguf.terminal.console import say, say_all, say_json, terminal_progress
+from reap2gguf.terminal.console import (
+    say,
+    say_all,
+    say_json,
+    screen_progress,
+    terminal_progress,
+)
 from reap2gguf.terminal.help import WRITE, command, option
 from reap2gguf.terminal.option_types import FilePath
 from reap2gguf.terminal.recipe_makers import recipes_import, recipes_of
 from reap2gguf.terminal.suggestions import Group
-from reap2gguf.terminal.target_options import target_options
+from reap2gguf.terminal.target_options import sensitivity_option, target_options
 
 
 @click.group(cls=Group)
@@ -190,7 +196,7 @@ def recipes_check(
       reap2gguf recipes check Q4_K_M ./Qwen3-30B-A3B --tensor-type attn_v=Q8_0
       reap2gguf recipes check Q4_K_M --set experts.down=q6_k --set attention@0-1=q8_0
     """
-    from reap2gguf.building.plan import make_plan
+    import reap2gguf
     from reap2gguf.options import BuildOptions, one_recipe
     from reap2gguf.quantizing.labels import hub_note
     from reap2gguf.terminal.recipe_views import check_as_json, check_lines
@@ -198,7 +204,7 @@ def recipes_check(
     options = BuildOptions(
         recipes=(one_recipe(name),), model=model, compression=0, tensor_types=tensor_types
     )
-    plan = make_plan(options, say)
+    plan = reap2gguf.plan(options, progress=screen_progress())
     recipe = plan.recipes[0]
     notes = []
     if note := hub_note(recipe.label):
@@ -222,6 +228,7 @@ def recipes_check(
     help="Importance matrix of MODEL, .gguf or .dat.",
 )
 @target_options
+@sensitivity_option
 @option(
     "-o", "--output", section=WRITE, type=FilePath, required=True, help="Recipe (.toml) to write."
 )
@@ -237,6 +244,7 @@ def recipes_fit(
     target_bpw: float | None,
     fit: int | None,
     fit_context: int | None,
+    sensitivity: str,
     output: Path,
     device: str,
     threads: int,
@@ -269,6 +277,7 @@ def recipes_fit(
         target_bpw=target_bpw,
         fit=fit,
         fit_context=fit_context,
+        sensitivity=sensitivity,
         device=device,
         threads=threads,
         follow_links=follow_links,

@@ -125,7 +125,7 @@ def prune(
     pack: bool | None,
     **arguments: Any,
 ) -> None:
-    """Remove the least important experts, or merge them into the others.
+    """Remove experts, or merge them into others.
 
     Writes the pruned MODEL as a safetensors folder. Options of calibration and of computing are for
     --repair and for --method ream or hc_smoe, which merge experts by what they do on that text:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from reap2gguf.fitting.target import DEFAULT_CONTEXT, MOST_BITS
+import click
+
+from reap2gguf.fitting.target import (
+    DEFAULT_CONTEXT,
+    DEFAULT_SENSITIVITY,
+    MOST_BITS,
+    SENSITIVITIES,
+)
 from reap2gguf.terminal.help import WRITE, Number, option, together
 from reap2gguf.terminal.option_types import SizeType
 
@@ -37,4 +44,13 @@ target_options = together(
         help="Context in tokens that --fit leaves room for.",
         default_text=str(DEFAULT_CONTEXT),
     ),
+)
+
+sensitivity_option = option(
+    "--sensitivity",
+    section=WRITE,
+    type=click.Choice(SENSITIVITIES),
+    default=DEFAULT_SENSITIVITY,
+    help="How much an error in each tensor counts where types are chosen for a size: by a table of "
+    "kinds, or measured on this model, which takes an evaluation of some dozens of variants.",
 )

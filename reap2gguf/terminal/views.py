@@ -44,6 +44,9 @@ def result_lines(result: BuildResult) -> Iterable[str]:
         for check in manifest.verification["passed"]:
             yield f"  verified  {check}"
         yield ""
+    if (budget := manifest.budget) is not None:
+        counts, best = ", ".join(str(one.n_experts) for one in budget.counts), budget.best
+        yield f"  experts   {best.n_experts}, which loses least for {budget.target}, of {counts}"
     if (choice := manifest.choice) is not None:
         yield f"  method    {choice.chosen}, the best of {len(choice.candidates)} measured"
         yield ""

@@ -10,3 +10,4 @@ RESAVE = (
     "load the tokenizer with transformers, correct it and save it with save_pretrained(), or use "
     "the tokenizer.json of the model that this one was made from"
 )
+RESAVE_ALL = "use the tokenizer files of the model that this one was made from"

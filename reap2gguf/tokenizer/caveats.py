@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from reap2gguf.checkpoint.config import read_json, read_optional
 from reap2gguf.messages import shown
 from reap2gguf.models.tokenizer_families import tokenizer_family
+from reap2gguf.tokenizer.gemma import GemmaVocabulary
 from reap2gguf.tokenizer.post_processor import added_by_post_processor
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from reap2gguf.tokenizer.sentencepiece import SpmVocabulary
@@ -30,6 +31,10 @@ ORDINARY_CAVEAT = (
 PREFIX_CAVEAT = (
     "tokenizer.json puts two tokens before a text, [gMASK] and <sop>, and llama.cpp puts only the "
     "first, as calibration does; chat templates write both"
+)
+BOS_CAVEAT = (
+    "tokenizer.json puts no <bos> before a text and leaves that to chat templates; llama.cpp puts "
+    "it before every text, and so do calibration and evaluation"
 )
 RANKS_CAVEAT = (
     f"the tokenizer is a {RANKS_FILE}, which transformers reads with Python code of the source: "
@@ -65,7 +70,7 @@ _WITHOUT_A_NAME = "Qwen2Tokenizer"  # where neither config names a class
 def tokenizer_caveats(
     folder: Path,
     pre: str,
-    vocabulary: Vocabulary | SpmVocabulary,
+    vocabulary: Vocabulary | SpmVocabulary | GemmaVocabulary,
     ends: Collection[int | None] = (),
 ) -> tuple[str, ...]:
     """Differences that remain, one sentence each.
@@ -76,6 +81,11 @@ def tokenizer_caveats(
     """
     if isinstance(vocabulary, SpmVocabulary):
         return (*_spm_caveats(vocabulary), *_end_caveats(folder, vocabulary.tokens, ends))
+    if isinstance(vocabulary, GemmaVocabulary):
+        where = tokenizer_path(folder)
+        puts_bos = bool(added_by_post_processor(read_tokenizer_json(folder), where))
+        first = () if puts_bos else (BOS_CAVEAT,)
+        return (*first, *_end_caveats(folder, vocabulary.tokens, ends))
     found = [NFC_CAVEAT] if vocabulary.normalizes else []
     if (differs := PRE_TOKENIZERS[pre].differs) is not None:
         found.append(differs)

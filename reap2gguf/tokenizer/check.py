@@ -9,8 +9,13 @@ from gguf import GGUFWriter, Keys
 
 from reap2gguf.errors import CheckpointError
 from reap2gguf.tokenizer.caveats import tokenizer_caveats
+from reap2gguf.tokenizer.gemma import GemmaVocabulary
 from reap2gguf.tokenizer.gguf_keys import add_tokenizer, header_value
-from reap2gguf.tokenizer.probe import check_against_library, check_spm_against_library
+from reap2gguf.tokenizer.probe import (
+    check_against_library,
+    check_gemma_against_library,
+    check_spm_against_library,
+)
 from reap2gguf.tokenizer.sentencepiece import SpmVocabulary
 from reap2gguf.tokenizer.tokenizer_files import tokenizer_path
 
@@ -41,7 +46,9 @@ def check_tokenizer(folder: Path, vocab_size: int, family: TokenizerFamily) -> t
             "config.json, expected one: llama.cpp would end each answer at token 11; set eos_token "
             "in tokenizer_config.json"
         )
-    if isinstance(vocabulary, SpmVocabulary):
+    if isinstance(vocabulary, GemmaVocabulary):
+        check_gemma_against_library(vocabulary, tokenizer_path(folder))
+    elif isinstance(vocabulary, SpmVocabulary):
         check_spm_against_library(vocabulary, tokenizer_path(folder))
     else:
         check_against_library(vocabulary, tokenizer_path(folder), pre)

@@ -15,12 +15,13 @@ from gguf import Keys, TokenType
 from reap2gguf.atomic import write_whole
 from reap2gguf.errors import ArtifactError, UnsupportedModelError
 from reap2gguf.messages import shown
+from reap2gguf.tokenizer.character_bpe import BYTE_TOKENS, REPLACE, SPACE
 from reap2gguf.tokenizer.pre_tokenizers import (
     PRE_TOKENIZERS,
     PreTokenizer,
     pattern_for_library,
 )
-from reap2gguf.tokenizer.sentencepiece import BYTE_TOKENS, SPACE, SPACE_FIRST
+from reap2gguf.tokenizer.sentencepiece import SPACE_FIRST
 
 if TYPE_CHECKING:
     from reap2gguf.gguf_files.reader import GgufHeader
@@ -40,6 +41,12 @@ _MODEL = {
     "fuse_unk": False,
     "byte_fallback": False,
 }
+_DECODERS = [
+    {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
+_GEMMA = "gemma4"
 _ADVICE = "name the checkpoint that it was made from with --reference"
 _ADDED = (TokenType.CONTROL, TokenType.USER_DEFINED)
 
@@ -68,11 +75,11 @@ def tokenizer_json(header: GgufHeader, advice: str = _ADVICE) -> dict[str, Any]:
     """The contents of the file; raises as `write_tokenizer` does."""
     metadata, keys = header.metadata, Keys.Tokenizer
     model, pre = metadata.get(keys.MODEL), metadata.get(keys.PRE)
-    is_known = model == "llama" or (model == "gpt2" and isinstance(pre, str))
+    is_known = model in ("llama", _GEMMA) or (model == "gpt2" and isinstance(pre, str))
     if not is_known or (model == "gpt2" and pre not in PRE_TOKENIZERS):
         raise UnsupportedModelError(
             f"{header.path}: its tokenizer is {shown(model)} with the pre-tokenizer {shown(pre)}, "
-            f"expected llama, or gpt2 with one of {', '.join(PRE_TOKENIZERS)}; {advice}"
+            f"expected llama, {_GEMMA}, or gpt2 with one of {', '.join(PRE_TOKENIZERS)}; {advice}"
         )
     tokens = header_tokens(header)
     types = metadata.get(keys.TOKEN_TYPE)
@@ -90,6 +97,8 @@ def tokenizer_json(header: GgufHeader, advice: str = _ADVICE) -> dict[str, Any]:
         if types[index] in _ADDED or (model == "llama" and types[index] == TokenType.UNKNOWN)
     ]
     whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
+    if model == _GEMMA:
+        return whole | _gemma(header, tokens, vocabulary)
     if model == "llama":
         return whole | _spm(header, tokens, types, vocabulary)
     return whole | _byte_level_bpe(header, tokens, vocabulary, PRE_TOKENIZERS[str(pre)])
@@ -126,13 +135,10 @@ def _spm(
             f"{header.path}: {Keys.Tokenizer.SCORES} does not have a score for each of "
             f"{len(tokens):,} tokens"
         )
-    if missing := [token for token in BYTE_TOKENS if token not in vocabulary]:
-        raise ArtifactError(f"{header.path}: no token {missing[0]}, expected one for each byte")
+    _check_bytes(header, vocabulary)
     puts_space = header.metadata.get(Keys.Tokenizer.ADD_PREFIX, True) is True
     decoders = [
-        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
+        *_DECODERS,
         *[{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * puts_space,
     ]
     ordinary = {
@@ -152,6 +158,29 @@ def _spm(
             "merges": _merges_of_scores(ordinary),
         },
     }
+
+
+def _gemma(header: GgufHeader, tokens: list[str], vocabulary: dict[str, int]) -> dict[str, Any]:
+    """The parts that merge the characters of each line, by ranks."""
+    _check_bytes(header, vocabulary)
+    return {
+        "normalizer": REPLACE,
+        "pre_tokenizer": _split(r"[^\n]+|\n+"),
+        "post_processor": _beginning(header, tokens, True),
+        "decoder": {"type": "Sequence", "decoders": _DECODERS},
+        "model": {
+            **_MODEL,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": _merges(header, vocabulary),
+        },
+    }
+
+
+def _check_bytes(header: GgufHeader, vocabulary: dict[str, int]) -> None:
+    if missing := [token for token in BYTE_TOKENS if token not in vocabulary]:
+        raise ArtifactError(f"{header.path}: no token {missing[0]}, expected one for each byte")
 
 
 def _merges_of_scores(scores: dict[str, float]) -> list[list[str]]:

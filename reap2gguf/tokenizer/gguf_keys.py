@@ -21,11 +21,13 @@ from gguf import GGUFWriter, Keys, SpecialVocab
 from reap2gguf.checkpoint.config import read_optional
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
+from reap2gguf.tokenizer.character_bpe import is_sentencepiece
 from reap2gguf.tokenizer.files_beside import check_files_beside
 from reap2gguf.tokenizer.form import check_form
+from reap2gguf.tokenizer.gemma import SCORE, GemmaVocabulary, read_gemma
 from reap2gguf.tokenizer.post_processor import added_by_post_processor, has_step
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
-from reap2gguf.tokenizer.sentencepiece import SpmVocabulary, is_sentencepiece, read_spm
+from reap2gguf.tokenizer.sentencepiece import SpmVocabulary, check_size, read_spm
 from reap2gguf.tokenizer.tokenizer_files import (
     loaded_templates,
     read_tokenizer_json,
@@ -38,12 +40,13 @@ if TYPE_CHECKING:
     from reap2gguf.tokenizer.added_tokens import AddedToken
 
 SPM_PRE = "default"  # what llama.cpp's converter calls the splitting of a SentencePiece model
+GEMMA = "gemma4"  # what llama.cpp calls the tokenizer, and its splitting
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # gguf-py reads `bos_token_id` ...
 
 
 def add_tokenizer(
     writer: GGUFWriter, folder: Path, vocab_size: int, family: TokenizerFamily
-) -> tuple[str, Vocabulary | SpmVocabulary]:
+) -> tuple[str, Vocabulary | SpmVocabulary | GemmaVocabulary]:
     """Add the tokenizer of the checkpoint in `folder`: tokens, types, merges, template.
 
     Returns llama.cpp's name of its pre-tokenizer and its vocabulary. Raises CheckpointError if the
@@ -53,9 +56,12 @@ def add_tokenizer(
     tokenizer = read_tokenizer_json(folder)
     has_file = path.name == "tokenizer.json"
     config = read_optional(folder, "tokenizer_config.json")
-    vocabulary: Vocabulary | SpmVocabulary
+    vocabulary: Vocabulary | SpmVocabulary | GemmaVocabulary
     if family.sentencepiece and is_sentencepiece(tokenizer):
         pre, vocabulary = SPM_PRE, read_spm(tokenizer, folder, config, vocab_size)
+    elif family.gemma and is_sentencepiece(tokenizer):
+        check_size(vocab_size, folder)
+        pre, vocabulary = GEMMA, read_gemma(tokenizer, vocab_size, path)
     else:
         pre = check_form(tokenizer, path, family.pre_tokenizers)
         vocabulary = read_vocabulary(tokenizer, vocab_size, path, family.may_overlap)
@@ -70,11 +76,16 @@ def add_tokenizer(
         writer.add_add_space_prefix(config["add_prefix_space"])
     elif is_spm and not puts_space:  # which llama.cpp does where no key says otherwise
         writer.add_add_space_prefix(False)
-    writer.add_tokenizer_model("llama" if is_spm else "gpt2")
-    writer.add_tokenizer_pre(pre)
+    is_gemma = isinstance(vocabulary, GemmaVocabulary)
+    writer.add_tokenizer_model("llama" if is_spm else GEMMA if is_gemma else "gpt2")
+    if not is_gemma:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(vocabulary.tokens)
     if isinstance(vocabulary, SpmVocabulary):
         writer.add_token_scores(vocabulary.scores)
+    if is_gemma:
+        writer.add_token_scores([SCORE] * vocab_size)
+        writer.add_add_space_prefix(False)
     writer.add_token_types(vocabulary.types)
     if isinstance(vocabulary, Vocabulary) and not has_file:
         writer.add_token_merges([" ".join(pair) for pair in vocabulary.merges])
@@ -92,10 +103,14 @@ def add_tokenizer(
             has_template = has_step(tokenizer, "TemplateProcessing")
             nothing = {"eos": False} if has_template else {"bos": False, "eos": False}
             special.add_special_token |= nothing
+        if is_gemma:  # llama.cpp puts it whatever a header says
+            special.add_special_token["bos"] = True
         if len(before) > 1:
             special.add_special_token["bos"] = True
             special.special_token_ids["bos"] = before[0]
         special.special_token_ids |= _family_ids(special, family, pre, vocabulary.added, path)
+        if family.end_by_name and not has_file:
+            special.special_token_ids["eos"] = _end_by_name(config, vocabulary.added, folder)
         special.add_to_gguf(writer, quiet=True)
         if named := writer.kv_data[0].get(Keys.Tokenizer.CHAT_TEMPLATES):
             named.value.sort()
@@ -127,6 +142,19 @@ def _family_ids(
     return found | {kind: ids[text] for kind, text in replaced if text in ids}
 
 
+def _end_by_name(config: dict[str, Any], added: list[AddedToken], folder: Path) -> int:
+    """The id of the token that tokenizer_config.json names as the end; as its class, [EOS]."""
+    value = config.get("eos_token", "[EOS]")
+    text = value.get("content") if isinstance(value, dict) else value
+    found = next((token.index for token in added if token.text == text), None)
+    if found is None:
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'}: eos_token is {shown(value)}, expected one of the "
+            "special tokens in added_tokens_decoder"
+        )
+    return found
+
+
 def _check_config_ids(folder: Path) -> None:
     """Refuse ids of special tokens that gguf-py and llama.cpp's converter stop at."""
     path, config = folder / "config.json", read_optional(folder, "config.json")
@@ -143,9 +171,17 @@ def _check_config_ids(folder: Path) -> None:
 
 def _check_added_ids(writer: GGUFWriter, before: list[int], pre: str, folder: Path) -> None:
     """Refuse a header by which llama.cpp would add other ids to a text than the post-processor."""
-    usual = pre == SPM_PRE or PRE_TOKENIZERS[pre].adds_bos
+    usual = pre in (SPM_PRE, GEMMA) or PRE_TOKENIZERS[pre].adds_bos
     adds_bos = header_value(writer, Keys.Tokenizer.ADD_BOS, usual)
     bos = [header_value(writer, Keys.Tokenizer.BOS_ID)] if adds_bos else []
+    if pre == GEMMA and bos == [None]:
+        raise CheckpointError(
+            f"{folder}: no bos_token among the added tokens and no bos_token_id in config.json, "
+            "expected one: llama.cpp puts it before every text; set bos_token in "
+            "tokenizer_config.json"
+        )
+    if pre == GEMMA and not before:
+        before = bos  # as calibration does; the user is told
     adds_eos = header_value(writer, Keys.Tokenizer.ADD_EOS, False)
     if bos != before or adds_eos:
         raise UnsupportedModelError(

@@ -7,6 +7,7 @@ from typing import Any
 
 from reap2gguf.checkpoint.config import read_optional
 from reap2gguf.errors import CheckpointError
+from reap2gguf.models.transformers_config import config_of_known_type
 from reap2gguf.tokenizer.panics import panics_as
 from reap2gguf.tokenizer.tokenizer_files import (
     RANKS_FILE,
@@ -28,8 +29,12 @@ def load_in_transformers(folder: Path) -> Any:
         return _of_ranks(folder)
     from transformers import AutoTokenizer
 
+    how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    config = config_of_known_type(read_optional(folder, "config.json"))
+    if config is not None:
+        how["config"] = config
     with panics_as(CheckpointError, f"{folder}: no usable tokenizer"):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, **how)
 
 
 def _of_ranks(folder: Path) -> Any:

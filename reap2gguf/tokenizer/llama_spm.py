@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 
-from reap2gguf.tokenizer.sentencepiece import SPACE
+from reap2gguf.tokenizer.character_bpe import SPACE
 from reap2gguf.tokenizer.special_split import SpecialTokens
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from reap2gguf.errors import CheckpointError
-from reap2gguf.tokenizer.advice import RESAVE
+from reap2gguf.messages import shown
+from reap2gguf.tokenizer.advice import RESAVE, RESAVE_ALL
 
 Merge = tuple[str, str]
 
@@ -27,3 +28,16 @@ def merges_of(model: dict[str, Any], where: Path) -> list[Merge]:
     ):
         raise CheckpointError(f"{where}: merges are not a list of pairs of tokens; {RESAVE}")
     return [(left, right) for left, right in pairs]
+
+
+def checked_merges(tokenizer: dict[str, Any], vocab: dict[str, int], path: Path) -> list[Merge]:
+    """The same, each of two tokens of a vocabulary, which make one; CheckpointError if not."""
+    merges = merges_of(tokenizer["model"], path)
+    for rank, (left, right) in enumerate(merges):
+        for text in (left, right, left + right):
+            if text not in vocab:
+                raise CheckpointError(
+                    f"{path}: merge {rank} joins {shown(left)} and {shown(right)}, but "
+                    f"{shown(text)} is not in the vocabulary; {RESAVE_ALL}"
+                )
+    return merges

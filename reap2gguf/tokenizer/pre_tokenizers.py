@@ -100,6 +100,12 @@ PRE_TOKENIZERS = {
     ),
     "llama-bpe": PreTokenizer((_LLAMA3,), ignore_merges=True, adds_bos=True),
     "lfm2": PreTokenizer((_LLAMA3,), ignore_merges=True, adds_bos=True),
+    "gpt-4o": PreTokenizer(
+        (_O200K,),
+        differs="llama.cpp's gpt-4o takes a letter beyond ASCII for a capital and a small one at "
+        "once, and a combining mark for no letter, and transformers does not: text such as ÉCOLE "
+        "can get other token ids there",
+    ),
     "glm4": PreTokenizer((_LLAMA3,), ignore_merges=True),
     "deepseek-v3": PreTokenizer(DEEPSEEK_V3_STEPS),
     "deepseek-llm": PreTokenizer(

@@ -20,15 +20,18 @@ from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.tokenizer.added_tokens import AddedToken, is_nfc
 from reap2gguf.tokenizer.byte_symbols import byte_symbols
+from reap2gguf.tokenizer.character_bpe import SPACE
 from reap2gguf.tokenizer.llama_bpe import LlamaBpe
+from reap2gguf.tokenizer.llama_gemma import LlamaGemma
 from reap2gguf.tokenizer.llama_spm import LlamaSpm
 from reap2gguf.tokenizer.panics import panics_as
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS, is_settled, split_words
-from reap2gguf.tokenizer.sentencepiece import SPACE, SPACE_FIRST, SpmVocabulary
+from reap2gguf.tokenizer.sentencepiece import SPACE_FIRST, SpmVocabulary
 from reap2gguf.tokenizer.special_names import SPECIAL_BY_NAME
 from reap2gguf.tokenizer.tokenizer_files import load_library
 
 if TYPE_CHECKING:
+    from reap2gguf.tokenizer.gemma import GemmaVocabulary
     from reap2gguf.tokenizer.vocabulary import Vocabulary
 
 HARD_CASES = (
@@ -123,6 +126,27 @@ def check_spm_against_library(vocabulary: SpmVocabulary, path: Path) -> None:
         ids = {token.text: library.token_to_id(token.text) for token in vocabulary.added}
     _check_ids(vocabulary, ids, n_tokens, path)
     ours = LlamaSpm(vocabulary.tokens, vocabulary.types, vocabulary.scores, vocabulary.space_prefix)
+    _compare_texts(vocabulary, library, ours, path)
+
+
+def check_gemma_against_library(vocabulary: GemmaVocabulary, path: Path) -> None:
+    """The same of a tokenizer of Gemma-4."""
+    library = load_library(path.parent)
+    with panics_as(CheckpointError, f"{path}: no usable tokenizer"):
+        n_tokens = library.get_vocab_size(with_added_tokens=True)
+        ids = {token.text: library.token_to_id(token.text) for token in vocabulary.added}
+    _check_ids(vocabulary, ids, n_tokens, path)
+    ours = LlamaGemma(vocabulary.tokens, vocabulary.types, vocabulary.merges)
+    _compare_texts(vocabulary, library, ours, path)
+
+
+def _compare_texts(
+    vocabulary: SpmVocabulary | GemmaVocabulary,
+    library: Library,
+    ours: LlamaSpm | LlamaGemma,
+    path: Path,
+) -> None:
+    """Compare the ids of hard cases, of tokens of the vocabulary and of added tokens."""
     normal = [
         text.replace(SPACE, " ")
         for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
@@ -137,7 +161,7 @@ def check_spm_against_library(vocabulary: SpmVocabulary, path: Path) -> None:
 
 
 def _check_ids(
-    vocabulary: Vocabulary | SpmVocabulary,
+    vocabulary: Vocabulary | SpmVocabulary | GemmaVocabulary,
     in_library: dict[str, int | None],
     n_tokens: int,
     path: Path,

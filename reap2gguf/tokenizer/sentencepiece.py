@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gguf import TokenType
 
@@ -19,35 +19,34 @@ from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.description import MAX_VOCABULARY
 from reap2gguf.tokenizer.added_tokens import AddedToken, added_type, read_added_tokens
-from reap2gguf.tokenizer.merges import Merge, merges_of
+from reap2gguf.tokenizer.advice import RESAVE_ALL
+from reap2gguf.tokenizer.character_bpe import (
+    BYTE_TOKENS,
+    MODEL_SETTINGS,
+    REPLACE,
+    SPACE,
+    checked_vocab,
+)
+from reap2gguf.tokenizer.merges import checked_merges
 from reap2gguf.tokenizer.piece_model import Piece, read_piece_model
 from reap2gguf.tokenizer.settings import check_settings, unknown
 from reap2gguf.tokenizer.special_names import SPECIAL_BY_NAME
 from reap2gguf.tokenizer.steps import steps_of
 
-SPACE = "▁"  # U+2581 stands for a space in tokens
-BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
+if TYPE_CHECKING:
+    from reap2gguf.tokenizer.merges import Merge
+
 _ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0  # as llama.cpp's converter
-_MODEL = {
-    "dropout": (None, 0),
-    "continuing_subword_prefix": (None, ""),
-    "end_of_word_suffix": (None, ""),
-    "fuse_unk": (True, False, None),  # no character is unknown where each byte is a token
-    "byte_fallback": (True,),
-    "ignore_merges": (False, None),
-}
-_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
 # the parts of a tokenizer.json that put a space before each text as llama.cpp does, or none
 SPACE_FIRST: dict[bool, dict[str, Any]] = {
     put: {
-        "normalizer": {"type": "Sequence", "normalizers": [_PREPEND] * put + [_REPLACE]},
+        "normalizer": {"type": "Sequence", "normalizers": [_PREPEND] * put + [REPLACE]},
         "pre_tokenizer": None,
     }
     for put in (True, False)
 }
 _METASPACE = {"replacement": (SPACE,), "split": (False,)}
-_RESAVE = "use the tokenizer files of the model that this one was made from"
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,6 @@ class SpmVocabulary:
     prepends_after_special: bool
 
 
-def is_sentencepiece(tokenizer: dict[str, Any]) -> bool:
-    """Whether a `tokenizer.json` is BPE on characters with tokens for bytes."""
-    model = tokenizer.get("model")
-    return isinstance(model, dict) and model.get("byte_fallback") is True
-
-
 def read_spm(
     tokenizer: dict[str, Any], folder: Path, config: dict[str, Any], vocab_size: int
 ) -> SpmVocabulary:
@@ -86,7 +79,8 @@ def read_spm(
     path = folder / "tokenizer.json"
     prefix, always, after_special = _form(tokenizer, path)
     added = read_added_tokens(tokenizer, path)
-    vocab = _checked_vocab(tokenizer, added, vocab_size, path)
+    check_size(vocab_size, folder)
+    vocab = checked_vocab(tokenizer, added, vocab_size, path)
     model = folder / "tokenizer.model"
     if model.is_file():
         pieces = _pieces_of_model(model, prefix)
@@ -108,17 +102,25 @@ def read_spm(
     return SpmVocabulary(tokens, types, scores, added, prefix, always, after_special)
 
 
+def check_size(vocab_size: int, folder: Path) -> None:
+    """Refuse a number of ids that no model has, before a list of them is made."""
+    if vocab_size > MAX_VOCABULARY:
+        raise UnsupportedModelError(
+            f"{folder}: vocab_size {vocab_size:,} is over {MAX_VOCABULARY:,}"
+        )
+
+
 def _form(tokenizer: dict[str, Any], path: Path) -> tuple[bool, bool, bool]:
     """Compare the parts; whether a space is put first, always, and after special tokens."""
     unread = ("vocab", "merges", "unk_token")
     model = {key: value for key, value in tokenizer["model"].items() if key not in unread}
-    check_settings(model, _MODEL, "BPE", path, "model")
+    check_settings(model, MODEL_SETTINGS, "BPE", path, "model")
     normalizers = steps_of(tokenizer.get("normalizer"), "normalizers")
     part = tokenizer.get("pre_tokenizer")
     if normalizers:
         if part is not None:
             raise unknown(path, "pre_tokenizer", part, "none beside a normalizer")
-        if normalizers not in ([_PREPEND, _REPLACE], [_REPLACE]):
+        if normalizers not in ([_PREPEND, REPLACE], [REPLACE]):
             expected = f"spaces replaced by {SPACE}, with one before a text or without"
             raise unknown(path, "normalizer", tokenizer["normalizer"], expected)
         return _PREPEND in normalizers, True, True
@@ -128,35 +130,10 @@ def _form(tokenizer: dict[str, Any], path: Path) -> tuple[bool, bool, bool]:
     return scheme != "never", scheme == "never", scheme != "first"
 
 
-def _checked_vocab(
-    tokenizer: dict[str, Any], added: list[AddedToken], vocab_size: int, path: Path
-) -> dict[str, int]:
-    """The vocabulary, with one id per text below `vocab_size` and a token for each byte."""
-    if vocab_size > MAX_VOCABULARY:
-        raise UnsupportedModelError(
-            f"{path.parent}: vocab_size {vocab_size:,} is over {MAX_VOCABULARY:,}"
-        )
-    vocab = tokenizer["model"].get("vocab")
-    if not isinstance(vocab, dict) or not vocab:
-        raise CheckpointError(f"{path}: no vocabulary")
-    for text, index in [*vocab.items(), *((token.text, token.index) for token in added)]:
-        if type(index) is not int or not 0 <= index < vocab_size:
-            raise CheckpointError(
-                f"{path}: token {shown(text)} has the id {shown(index)}, expected one below the "
-                f"config's vocab_size {vocab_size}; {_RESAVE}"
-            )
-    if missing := [token for token in BYTE_TOKENS if token not in vocab]:
-        raise UnsupportedModelError(
-            f"{path}: no token {missing[0]}, expected one for each of 256 bytes: llama.cpp ends "
-            f"where it needs one that is missing; {_RESAVE}"
-        )
-    return vocab
-
-
 def _pieces_of_model(path: Path, space_prefix: bool) -> list[Piece]:
     """The pieces of `tokenizer.model`, if it joins characters as llama.cpp does."""
     model = read_piece_model(path)
-    expected = f"a BPE model that changes no text; {_RESAVE}"
+    expected = f"a BPE model that changes no text; {RESAVE_ALL}"
     if not model.is_bpe or model.normalizer != "identity" or model.removes_spaces:
         found = "BPE" if model.is_bpe else "no BPE"
         spaces = ", and leaves out spaces" if model.removes_spaces else ""
@@ -166,7 +143,7 @@ def _pieces_of_model(path: Path, space_prefix: bool) -> list[Piece]:
     if model.adds_space is not space_prefix:
         raise CheckpointError(
             f"{path}: puts {'a' if model.adds_space else 'no'} space before a text, expected what "
-            f"tokenizer.json does; {_RESAVE}"
+            f"tokenizer.json does; {RESAVE_ALL}"
         )
     return model.pieces
 
@@ -175,7 +152,7 @@ def _pieces_of_merges(
     tokenizer: dict[str, Any], added: list[AddedToken], vocab: dict[str, int], path: Path
 ) -> list[Piece]:
     """Pieces scored by the order of the merges, with the types of a SentencePiece model."""
-    order = _order(_checked_merges(tokenizer, vocab, path))
+    order = _order(checked_merges(tokenizer, vocab, path))
     unk = tokenizer["model"].get("unk_token")
     special = {token.text for token in added if token.special}
     by_id = {index: text for text, index in vocab.items()}
@@ -214,18 +191,6 @@ def _order(merges: list[Merge]) -> dict[str, int]:
     return order
 
 
-def _checked_merges(tokenizer: dict[str, Any], vocab: dict[str, int], path: Path) -> list[Merge]:
-    merges = merges_of(tokenizer["model"], path)
-    for rank, (left, right) in enumerate(merges):
-        for text in (left, right, left + right):
-            if text not in vocab:
-                raise CheckpointError(
-                    f"{path}: merge {rank} joins {shown(left)} and {shown(right)}, but "
-                    f"{shown(text)} is not in the vocabulary; {_RESAVE}"
-                )
-    return merges
-
-
 def _check_same(
     tokens: list[str],
     types: list[TokenType],
@@ -242,15 +207,15 @@ def _check_same(
         if text not in (wanted, wanted.replace(SPACE, " ")):
             raise CheckpointError(
                 f"{path.parent}: token {index} is {shown(text)} by tokenizer.model and "
-                f"{shown(wanted)} by tokenizer.json, expected the same; {_RESAVE}"
+                f"{shown(wanted)} by tokenizer.json, expected the same; {RESAVE_ALL}"
             )
         if not text or ids.setdefault(text, index) != index:
             raise UnsupportedModelError(
                 f"{path}: ids {ids.get(text, index)} and {index} have the text {shown(text)}, "
-                f"expected one id per text: llama.cpp ends when it loads others; {_RESAVE}"
+                f"expected one id per text: llama.cpp ends when it loads others; {RESAVE_ALL}"
             )
         if types[index] == TokenType.NORMAL and text in SPECIAL_BY_NAME:
             raise UnsupportedModelError(
                 f"{path}: token {shown(text)} with the id {index} is an ordinary token here, and a "
-                f"special one for llama.cpp, expected it among the added_tokens; {_RESAVE}"
+                f"special one for llama.cpp, expected it among the added_tokens; {RESAVE_ALL}"
             )

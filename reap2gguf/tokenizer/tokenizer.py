@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.errors import CalibrationError, CheckpointError
+from reap2gguf.tokenizer.first_token import forced_bos
 from reap2gguf.tokenizer.in_transformers import load_in_transformers
 from reap2gguf.tokenizer.panics import panics_as
 from reap2gguf.tokenizer.pieces import PIECE, cuts_anywhere, next_cut, pieces
@@ -44,7 +45,9 @@ class Tokenizer:
             self._in_pieces = cuts_anywhere(self._encoder)
             # what the tokenizer puts before each text: one BOS token or nothing
             prefix = self._encoder.encode("").ids
-        self.bos: int | None = prefix[0] if prefix else None
+            forced = None if prefix else forced_bos(folder)
+            first = None if forced is None else self._encoder.token_to_id(forced)
+        self.bos: int | None = prefix[0] if prefix else first
         self._chat = _chat_template(loaded, folder)
 
     def encode(self, text: str, at_least: int | None = None) -> TokenIds:

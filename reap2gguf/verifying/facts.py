@@ -26,7 +26,8 @@ from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.checkpoint.quantized.keys import WRITTEN_AS_BF16
 from reap2gguf.errors import RecipeError
 from reap2gguf.ggml import UNWEIGHTED_TYPES
-from reap2gguf.gguf_files.split import SplitHeader, part_name
+from reap2gguf.gguf_files.part_names import part_name
+from reap2gguf.gguf_files.split import SplitHeader
 from reap2gguf.messages import shown
 from reap2gguf.models.side_values import side_files
 from reap2gguf.options import DEQUANTIZE_CHOICES, DEVICES, DTYPES, MTP_CHOICES
@@ -35,6 +36,7 @@ from reap2gguf.pruning.quantization import pruned_quantization
 from reap2gguf.quantizing.file_types import mixture_named
 from reap2gguf.quantizing.recipe import Recipe, parse_recipe
 from reap2gguf.quantizing.resolve import resolve
+from reap2gguf.verifying.budget import check_budget
 from reap2gguf.verifying.choice import asked_candidates, asked_methods, check_choice
 from reap2gguf.verifying.protected import check_asked, check_protected
 from reap2gguf.verifying.report import Level, passed_file, passed_folder, passed_summary
@@ -62,6 +64,7 @@ def check_record(manifest: Manifest) -> Iterator[str]:
     if pruning.method not in methods:
         yield _wrong("pruning.method", pruning.method, f"one of {', '.join(methods)}")
     yield from check_choice(manifest)
+    yield from check_budget(manifest)
     reads_rows = pruning.method in OBSERVED or pruning.merge is not None
     observed_here = reads_rows and pruning.observations_file is None
     if (pruning.merge is None) == merges(pruning.method):

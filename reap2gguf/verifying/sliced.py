@@ -15,7 +15,8 @@ from reap2gguf.building.given_kept import check_kept_map
 from reap2gguf.building.history import read_history
 from reap2gguf.errors import ArtifactError, CheckpointError, Reap2ggufError, UsageError
 from reap2gguf.exporting.header_facts import pruning_values
-from reap2gguf.gguf_files.split import first_parts, parse_part_name, read_whole_header
+from reap2gguf.gguf_files.part_names import parse_part_name
+from reap2gguf.gguf_files.split import first_parts, read_whole_header
 from reap2gguf.gguf_source.checking import violations_in
 from reap2gguf.gguf_source.header import RECIPE_KEY
 from reap2gguf.gguf_source.writing import PrunedGguf, planned

@@ -17,10 +17,14 @@ from reap2gguf.artifacts import made_with
 from reap2gguf.building import keys, pipeline, record, stages
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.gguf_files.reader import read_gguf_header
+from reap2gguf.models.table import describe
 from reap2gguf.observing import sweep as sweeps
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
+from reap2gguf.quantizing.recipe import load_recipe
+from reap2gguf.quantizing.resolve import resolve
 from tests.building.builds import PROSE, build, contents, refuse_at, stages_reused, stop_at
+from tests.exporting.files import gguf_tensors
 from tests.tiny import REPOSITORY, TinyQwen3Moe
 from tests.tokens import FULL_VOCAB
 
@@ -372,3 +376,27 @@ def test_a_fixed_tokenizer_is_used(earlier: Earlier) -> None:
     result = earlier.build()
     metadata = read_gguf_header(result.gguf_folder / "name-Q8_0.gguf").metadata
     assert metadata["tokenizer.chat_template"] == "another template"
+
+
+def test_the_package_of_ik_llama_cpp_is_a_part_of_keys_and_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It decides the bytes of its types, and of no others."""
+    model = TinyQwen3Moe(hidden=256, width=256).write(tmp_path / "tiny")
+    tensors = gguf_tensors(model)
+    with Checkpoint.open(model) as checkpoint:
+        facts = describe(checkpoint).facts
+    plain, theirs = (
+        resolve(load_recipe(name), tensors, facts, facts.n_experts, has_imatrix=True)
+        for name in ("q8_0", "IQ4_K")
+    )
+    found = []
+    for number in ("0.1.5", "0.1.6"):
+        monkeypatch.setattr(keys, "package_version", lambda number=number: number)
+        monkeypatch.setattr(record, "package_version", lambda number=number: number)
+        found.append((keys.recipe_key(plain), keys.recipe_key(theirs)))
+        assert record.ik_versions([plain]) == {}
+        assert record.ik_versions([plain, theirs]) == {"ik-llama-cpp-python": number}
+    (plain_before, theirs_before), (plain_after, theirs_after) = found
+    assert plain_before == plain_after
+    assert theirs_before != theirs_after

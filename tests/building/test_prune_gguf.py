@@ -26,9 +26,12 @@ from reap2gguf.errors import (
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.gguf_files.split import read_whole_header
 from reap2gguf.gguf_source import checking, writing
+from reap2gguf.gguf_source.inspection import GgufInspection
+from reap2gguf.hub.opened import open_model
 from reap2gguf.models.from_gguf import model_from_gguf
 from reap2gguf.models.table import BY_GGUF
-from tests.exporting.files import stored
+from reap2gguf.progress import Silent
+from tests.exporting.files import random_imatrix, stored
 from tests.gguf_source.files import exported, exported_after_pruning, in_parts, kept_of
 from tests.models.layouts import FIRST, Case
 from tests.models.oracles import of_file
@@ -324,3 +327,36 @@ def test_unfinished_files_of_another_source(source: Path, tmp_path: Path) -> Non
     part_of(output).write_bytes(os.urandom(100))
     assert stored(pruned(source, output)) == stored(pruned(source, tmp_path / "whole.gguf"))
     assert not journal.exists()
+
+
+def test_inspected(source: Path, tmp_path: Path) -> None:
+    """By gguf-py the same types and sizes."""
+    found = reap2gguf.inspect(pruned(source, tmp_path / "Small-Q4_K_M.gguf"))
+    assert isinstance(found, GgufInspection)
+    tensors = GGUFReader(tmp_path / "Small-Q4_K_M.gguf").tensors
+    for one in found.types:
+        sizes = [int(t.n_bytes) for t in tensors if t.tensor_type.name == one.type]
+        assert (one.n_tensors, one.n_bytes) == (len(sizes), sum(sizes))
+    assert found.n_parameters == sum(int(t.n_elements) for t in tensors)
+    assert (found.n_experts, found.source_experts, found.source) == (4, 6, "Tiny-Q4_K_M.gguf")
+    assert found.kept == {layer: list(ids) for layer, ids in KEPT.items()}
+    result = run("inspect", tmp_path / "Small-Q4_K_M.gguf")
+    assert "keeps 4 of 6 experts of Tiny-Q4_K_M.gguf, chosen by given" in result.output
+    assert "experts in each of 2 layers" in run("inspect", source).output
+    values = json.loads(run("inspect", source, "--json").output)
+    assert (values["kind"], values["kept"]) == ("gguf", {})
+    assert run("inspect", source, "--csv").output.startswith("type,n_tensors,n_bytes")
+
+
+def test_an_importance_matrix_is_cut_to_a_pruned_file(source: Path, tmp_path: Path) -> None:
+    """The rows of the experts that stay, of the original's matrix, for a file pruned twice."""
+    with open_model(str(source), Silent()) as opened:
+        matrix = random_imatrix(opened.model.gguf_tensors(opened.checkpoint.tensors))
+    once = pruned(source, tmp_path / "once.gguf")
+    twice = pruned(once, tmp_path / "twice.gguf", {0: (0, 2, 3), 1: (1, 2, 3)})
+    for file, ids in ((once, KEPT[1]), (twice, (2, 3, 4))):
+        cut = reap2gguf.slice_imatrix(matrix, file).imatrix
+        name = "blk.1.ffn_up_exps.weight"
+        np.testing.assert_array_equal(cut.entries[name].sums, matrix.entries[name].sums[list(ids)])
+    with pytest.raises(UsageError, match="does not say which experts it keeps"):
+        reap2gguf.slice_imatrix(matrix, source)

@@ -247,3 +247,14 @@ def test_a_file_on_the_hub(made: Path, tmp_path: Path, monkeypatch: pytest.Monke
         made / "Example-Q4_K_M.gguf", None, tmp_path / "alone.gguf", kept=_kept(made)
     ).folder
     assert stored(folder / "Example-pruned-0.25-Q4_K_M.gguf") == stored(alone)
+
+
+def test_a_bundle_is_evaluated_beside_its_source(made: Path, sliced: Path) -> None:
+    asked = reap2gguf.EvaluateOptions(text=str(made / "text.txt"), chunk=64, chunks=2)
+    found = reap2gguf.evaluate(
+        sliced, source=made / "Example-Q4_K_M.gguf", options=asked, compute=CPU
+    )
+    kinds = {variant.name: variant.kind for variant in found.variants}
+    assert kinds == {"source": "source", f"{NAME}-Q4_K_M.gguf": "gguf"}
+    (one,) = found.comparisons
+    assert (one.reference, one.variant) == ("source", f"{NAME}-Q4_K_M.gguf")

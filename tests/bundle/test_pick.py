@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.bundle.pick import pick
 from reap2gguf.errors import ArtifactError, UsageError
 from tests.conftest import Bundle
@@ -66,3 +68,19 @@ def test_a_folder_without_a_manifest_and_one_with_a_broken_one(tmp_path: Path) -
     (tmp_path / "reap2gguf.json").write_text("{")
     with pytest.raises(ArtifactError, match="not valid JSON"):
         pick(tmp_path, None)
+
+
+def test_a_file_that_llama_cpp_loads_comes_first(
+    built: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a bundle whose first file only ik_llama.cpp loads, by itself the next one is taken."""
+    manifest = Manifest.load(built.gguf)
+    first, *others = manifest.gguf
+    name = next(iter(first.tensors))
+    strange = replace(first, tensors={**first.tensors, name: "IQ4_K"})
+    changed = replace(manifest, gguf=(strange, *others))
+    monkeypatch.setattr(Manifest, "load", lambda folder: changed)
+    found = pick(built.gguf, None)
+    assert found.path == built.gguf / "example-BF16.gguf"
+    assert found.others == ("IQ4_K_M",)
+    assert pick(built.gguf, "IQ4_K_M").path == built.gguf / "example-IQ4_K_M.gguf"

@@ -17,6 +17,8 @@ from reap2gguf.progress import CallbackProgress, Silent
 from reap2gguf.quantizing.quantizer import Quantizer
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from tests.exporting.files import plain
+from tests.families.gpt_oss import TINY as GPT_OSS
+from tests.quantized import as_mxfp4
 
 
 @dataclass(frozen=True)
@@ -114,3 +116,12 @@ def test_a_kernel_that_fails_its_self_test_is_named(
 
 def test_nothing_is_said_where_nothing_is_quantized() -> None:
     assert not Quantizers("x86-64-v4").line
+
+
+def test_copied_blocks_are_not_quantized(tmp_path: Path) -> None:
+    with Checkpoint.open(as_mxfp4(GPT_OSS).write(tmp_path / "model")) as checkpoint:
+        model = describe(checkpoint)
+        tensors = model.gguf_tensors(checkpoint.tensors)
+        made = [resolve(plain("MXFP4_MOE"), tensors, model.facts, 8, True)]
+    assert T.MXFP4 in made[0].tensor_types().values()
+    assert "MXFP4" not in quantizers_of(made, set(), "cpu").line

@@ -18,6 +18,11 @@ V3 = TinyMla(
     model_type="deepseek_v3", n_experts=16, n_groups=4, groups_per_token=2, top_k=3, scale=2.5
 )
 MOONLIGHT = TinyMla(model_type="deepseek_v3", query_rank=None, n_shared=2, mtp=False, scale=2.446)
+_YARN = (
+    ("beta_fast", 1.0), ("beta_slow", 1.0), ("factor", 4.0), ("mscale", 1.0),
+    ("mscale_all_dim", 1.0), ("original_max_position_embeddings", 128), ("type", "yarn"),
+)  # fmt: skip
+KIMI_K2 = replace(MOONLIGHT, model_type="kimi_k2", query_rank=40, n_shared=1, yarn=_YARN)
 LAYOUTS: dict[str, dict[str, Any]] = {
     "DeepseekV2ForCausalLM": {
         "V2-Lite": V2_LITE,
@@ -29,7 +34,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "DeepseekV3ForCausalLM": {
         "V3": V3,
         "Moonlight": MOONLIGHT,
-        "Kimi-K2": replace(MOONLIGHT, query_rank=40, n_shared=1),
+        "Kimi-K2": KIMI_K2,
         "3D": replace(V3, fused=True),
         "MTP with its own ends": replace(V3, own_ends=True),
         "without MTP": replace(V3, mtp=False, n_dense=2),
@@ -70,6 +75,8 @@ FIELDS: dict[Any, tuple[dict[str, Row], Any, Any]] = {
 CONFIGS = (drawn_mla("deepseek_v2"), drawn_mla("deepseek_v3"))
 
 # Header keys that differ from those of llama.cpp's converter on purpose, each with the reason.
+# llama.cpp has no key for its `beta_fast`, so its logits are others
+RECORDED = {"DeepseekV3ForCausalLM": ("Kimi-K2",)}
 DIFFERENCES = {
     "DeepseekV2ForCausalLM": {
         "deepseek2.attention.q_lora_rank": "the converter writes none where queries are one "

@@ -33,12 +33,14 @@ from tests.tokens import special_tokens, write_tokenizer
 _CLASSES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
 }
 # what published configs say of the router
 _ROUTERS = {
     "deepseek_v2": {"topk_method": "greedy", "scoring_func": "softmax"},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "kimi_k2": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "glm4_moe_lite": {"topk_method": "noaux_tc"},
 }
 
@@ -75,6 +77,7 @@ class TinyMla:
     tied: bool = False
     normalises: bool = True
     scale: float = 1.8
+    yarn: tuple[tuple[str, Any], ...] = ()  # the `rope_scaling` of a published config
     n_shards: int = 1
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
@@ -106,7 +109,7 @@ class TinyMla:
             "qk_nope_head_dim": self.nope,
             "qk_rope_head_dim": self.rotated,
             "rms_norm_eps": 1e-5,
-            "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+            **self._rotary(),
             "routed_scaling_factor": self.scale,
             "tie_word_embeddings": self.tied,
             "topk_group": self.groups_per_token,
@@ -119,6 +122,11 @@ class TinyMla:
         types = ["dense"] * self.n_dense + ["sparse"] * (self.n_layers - self.n_dense)
         count = {"first_k_dense_replace": self.n_dense} if self.dense_as != "types" else {}
         return count | ({"mlp_layer_types": types} if self.dense_as != "count" else {})
+
+    def _rotary(self) -> dict[str, Any]:
+        if self.yarn:
+            return {"rope_scaling": dict(self.yarn), "rope_theta": 1000.0}
+        return {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return dict(self._tensors(torch.Generator().manual_seed(self.seed)))

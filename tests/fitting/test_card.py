@@ -14,6 +14,7 @@ from reap2gguf.errors import UsageError
 from reap2gguf.fitting.card import RESERVE, card_use
 from tests.exporting.files import export_files, plain
 from tests.families.glm import TinyGlm4Moe
+from tests.families.kimi_linear import TinyKimiLinear
 from tests.families.lfm2 import TinyLfm2Moe
 from tests.families.mixtral import TinyMixtral
 from tests.families.mla import TinyMla
@@ -31,6 +32,7 @@ MODELS: dict[str, Any] = {
     "mixtral": TinyMixtral(),
     "mla": TinyMla(),
     "nemotron": TinyNemotronH(pattern="MEM*E", latent=48, mtp=True),
+    "kimi-linear": TinyKimiLinear(),
 }
 _CACHE = re.compile(r"llama_kv_cache: size = +([\d.]+) MiB")
 _STATE = re.compile(r"llama_memory_recurrent: size = +([\d.]+) MiB")

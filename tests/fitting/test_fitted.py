@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from gguf import GGML_QUANT_SIZES, GGUFReader
 from gguf import GGMLQuantizationType as Type
-from gguf import GGUFReader
 
 import reap2gguf
 from reap2gguf import FitResult
@@ -24,6 +24,8 @@ from reap2gguf.models.table import describe
 from reap2gguf.quantizing.recipe import load_recipe
 from reap2gguf.quantizing.resolve import resolve
 from tests.exporting.files import gguf_tensors, random_imatrix
+from tests.families.gpt_oss import TINY as GPT_OSS
+from tests.quantized import as_mxfp4
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 
@@ -169,3 +171,20 @@ def test_types_that_are_given_are_no_choice(model: Model) -> None:
     assert 0.99 * n_bytes < found.resolved.n_bytes <= n_bytes
     assert found.recipe.title == f"Fitted to {found.resolved.bits_per_weight:.2f} bits per weight"
     assert Type.F16 not in {types[one.name] for one in problem.to_measure()}
+
+
+def test_experts_in_mxfp4_stay_so_or_become_smaller(tmp_path: Path) -> None:
+    """Rows of 64 and 96 fill no blocks of fewer bits, those of 256 do."""
+    for hidden, width, bits in ((64, 96, 6.0), (256, 256, 4.0)):
+        folder = tmp_path / str(hidden)
+        as_mxfp4(replace(GPT_OSS, hidden=hidden, width=width)).write(folder / "model")
+        save_gguf(random_imatrix(gguf_tensors(folder / "model")), folder / "imatrix.gguf")
+        made = Model(folder / "model", folder / "imatrix.gguf").fit(
+            folder / "a.toml", target_bpw=bits
+        )
+        types = [one for name, one in made.tensor_types.items() if name.endswith("_exps.weight")]
+        assert "MXFP4" in types or hidden == 256
+        least = 4.25 if hidden == 64 else 0
+        for one in set(types):
+            block, n_bytes = GGML_QUANT_SIZES[Type[one]]
+            assert least <= 8 * n_bytes / block <= 4.25

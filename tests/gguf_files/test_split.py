@@ -18,12 +18,10 @@ from gguf import GGUFReader, GGUFWriter
 
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.errors import ArtifactError, OutputError, UsageError
+from reap2gguf.gguf_files.part_names import PartName, parse_part_name, part_name
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.gguf_files.split import (
-    PartName,
     first_parts,
-    parse_part_name,
-    part_name,
     plan_split,
     read_whole_header,
     write_part,

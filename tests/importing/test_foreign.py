@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reap2gguf.errors import RecipeError
-from reap2gguf.importing.foreign import ForeignRecipe, read_foreign
+from reap2gguf.importing.foreign import ForeignRecipe, read_foreign, text_of_file
 from reap2gguf.importing.imported import imported
 from reap2gguf.quantizing.file_types import MIXTURES
 from reap2gguf.quantizing.recipe import parse_recipe
@@ -194,3 +194,17 @@ def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
         return
     assert found.base.name in MIXTURES
     assert all(one.rule.match for one in found.rules)
+
+
+def test_blanks_around_an_equals_sign_and_words_that_are_nothing(tmp_path: Path) -> None:
+    assert rules("attn_v = q8_0  # why\nattn_k =q6_k") == rules("attn_v=q8_0\nattn_k=q6_k")
+    with pytest.raises(RecipeError, match=r"here: 'their\.recipe' is no file here, no llama-quant"):
+        read_foreign("their.recipe", "here")
+    file = tmp_path / "x.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(
+        RecipeError, match=r"x\.gguf: a GGUF file; `reap2gguf recipes of .*x\.gguf`"
+    ):
+        text_of_file(file)
+    with pytest.raises(RecipeError, match=r"none: cannot be read \(No such file or directory\)$"):
+        text_of_file(tmp_path / "none")

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGMLQuantizationType
 
 from reap2gguf.errors import ArtifactError
-from reap2gguf.gguf_files.reader import GgufHeader, read_gguf_header
-from reap2gguf.local.header_check import check_header
+from reap2gguf.gguf_files.reader import GgufHeader, GgufTensorInfo, read_gguf_header
+from reap2gguf.gguf_files.tensor_types import IkType
+from reap2gguf.local.header_check import check_header, ik_types
 from tests.conftest import Bundle
 from tests.local.altered import altered
 
@@ -97,3 +99,19 @@ def test_a_rotation_of_half_a_head_is_refused_for_qwen3(built: Bundle, tmp_path:
         check_header(path, read_gguf_header(path))
     path = altered(source, tmp_path / "y.gguf", arch__rope__dimension_count=64)
     check_header(path, read_gguf_header(path))
+
+
+def test_types_of_ik_llama_cpp_are_named() -> None:
+    """llama.cpp calls them invalid, and names neither the program nor a way out."""
+    tensors = {
+        name: GgufTensorInfo(name, kind, (256, 256), 0, 1)
+        for name, kind in {
+            "blk.0.attn_q.weight": IkType.IQ4_K,
+            "blk.0.attn_k.weight": IkType.IQ2_KS,
+            "blk.0.attn_v.weight": GGMLQuantizationType.Q8_0,
+        }.items()
+    }
+    expected = r"x\.gguf: has tensors of IQ2_KS, IQ4_K, which only ik_llama\.cpp loads"
+    with pytest.raises(ArtifactError, match=expected):
+        check_header(Path("x.gguf"), GgufHeader(Path("x.gguf"), QWEN35, tensors, 0))
+    assert ik_types(header()) == []

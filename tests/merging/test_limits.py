@@ -20,15 +20,21 @@ from tests.families import nemotron
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 
-def a_model(layers: tuple[int, ...], mtp_layer: int | None, is_as_stored: bool = False) -> Any:
+def a_model(
+    layers: tuple[int, ...], mtp_layer: int | None, is_as_stored: bool = False, scales: bool = False
+) -> Any:
     facts = SimpleNamespace(moe_layers=layers, mtp_layer=mtp_layer, architecture="SomeMoe")
-    return cast(Any, SimpleNamespace(facts=facts, module_is_as_stored=is_as_stored))
+    return cast(
+        Any,
+        SimpleNamespace(facts=facts, module_is_as_stored=is_as_stored, scales_experts=scales),
+    )
 
 
 @pytest.mark.parametrize(
     ("model", "problem"),
     [
         (a_model((1, 2), None, is_as_stored=True), "SomeMoe: --method ream is not defined"),
+        (a_model((1, 2), None, scales=True), "experts that the router gives a factor each"),
         (a_model((2,), 2), "SomeMoe: only the multi-token-prediction block has experts"),
     ],
 )

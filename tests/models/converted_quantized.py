@@ -16,15 +16,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.families.deepseek import LAYOUTS, V3
+from tests.families.deepseek import KIMI_K2, V3
 from tests.families.glm import TinyGlm4Moe
+from tests.families.gpt_oss import TINY as GPT_OSS
 from tests.families.minimax import as_published
 from tests.models.converted import convert
-from tests.quantized import Quantized, as_compressed_fp8, as_fp8, as_packed
+from tests.quantized import Quantized, as_compressed_fp8, as_fp8, as_mxfp4, as_packed
 from tests.tiny import REPOSITORY, TinyQwen3Moe
 
 FILE = REPOSITORY / "tests" / "data" / "converted_quantized.json"
-_KIMI = replace(LAYOUTS["DeepseekV3ForCausalLM"]["Kimi-K2"], width=32)
+# as the converter's transformers knows it, without the model's own code
+_KIMI = replace(KIMI_K2, width=32, model_type="deepseek_v3")
 CASES: dict[str, Quantized] = {
     "Qwen3-30B-A3B-FP8": as_fp8(TinyQwen3Moe(), (16, 16)),
     # ragged edges, which the published checkpoint has in `kv_a_proj_with_mqa`
@@ -33,6 +35,7 @@ CASES: dict[str, Quantized] = {
     "GLM-4.5-Air-FP8": as_compressed_fp8(TinyGlm4Moe(width=40), "channel"),
     "Kimi-K2-Thinking": as_packed(_KIMI, 32, only=".mlp.experts."),
     "W4A16": as_packed(TinyQwen3Moe(), 16),
+    "gpt-oss": as_mxfp4(GPT_OSS),
 }
 
 

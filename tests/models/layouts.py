@@ -4,7 +4,8 @@ A file of tests/families has, of one family: `LAYOUTS` by the name that config.j
 `architectures`, each a factory of a checkpoint, the published layout first; `FIELDS`, what is read,
 refused and carried of transformers' config classes; `CONFIGS`, strategies that draw configs; and,
 where it has any, `DIFFERENCES` from the header that llama.cpp's converter writes, and `PUBLISHED`,
-by architecture, further layouts for the tests that take the first one.
+by architecture, further layouts for the tests that take the first one, and `RECORDED`, further ones
+of which only the converter's bytes and keys are compared.
 """
 
 from __future__ import annotations
@@ -95,6 +96,16 @@ FIRST = [
     Case(name, layout)
     for name, layouts in LAYOUTS.items()
     for layout in (next(iter(layouts)), *PUBLISHED.get(name, ()))
+]
+# what llama.cpp's converter makes of them is recorded
+RECORDED = [
+    *FIRST,
+    *(
+        Case(architecture, layout)
+        for family in every_family()
+        for architecture, layouts in getattr(family, "RECORDED", {}).items()
+        for layout in layouts
+    ),
 ]
 CASES = [Case(name, layout) for name, layouts in LAYOUTS.items() for layout in layouts]
 CASES += [replace(case, keep_mtp=False) for case in CASES if getattr(case.tiny, "mtp", False)]

@@ -15,9 +15,8 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForImageTextToText
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.checkpoint.config import read_json
 from reap2gguf.models.contract import MoeModel
-from reap2gguf.models.loading import whole_class
+from reap2gguf.models.loading import load_whole
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
 from reap2gguf.progress import Silent
@@ -60,9 +59,7 @@ def tokens(vocab: int) -> list[int]:
 def loaded(folder: Path) -> Any:
     """transformers' model of a folder, in float32, of the class that loads it for text."""
     logging.getLogger("transformers").setLevel(logging.CRITICAL)
-    return whole_class(read_json(folder / "config.json")).from_pretrained(
-        folder, dtype=torch.float32
-    )
+    return load_whole(folder, dtype=torch.float32)
 
 
 def of_transformers(folder: Path, vocab: int, with_tower: bool = False) -> torch.Tensor:

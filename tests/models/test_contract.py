@@ -139,8 +139,8 @@ def test_frequencies_that_old_versions_of_transformers_saved_are_carried(case: C
 @every_layout
 def test_every_stored_value_is_used_once(case: Case) -> None:
     stored = case.stored
-    made = tensors(case)
-    assert len({tensor.name for tensor in made}) == len(made)
+    made = [tensor for tensor in tensors(case) if tensor.made is None]
+    assert len({tensor.name for tensor in tensors(case)}) == len(tensors(case))
     for tensor in made:
         assert len(tensor.slabs) in (1, tensor.n_matrices)
         if tensor.transform is None:
@@ -161,7 +161,7 @@ def test_every_stored_value_is_used_once(case: Case) -> None:
         role = case.model.role(name)
         unused = isinstance(role, Carried | Dropped) or case.model.is_beside_gguf(name)
         if name not in transformed and not unused:
-            fused = isinstance(role, Expert) and role.expert is None
+            fused = isinstance(role, Expert) and role.expert is None and role.part == "weight"
             n_rows = one.shape[2 if name in turned else 1] if fused else one.shape[0]
             for index in range(one.shape[0] if fused else 1):
                 expected |= {(name, index, row) for row in range(n_rows)}
@@ -213,7 +213,7 @@ def test_names_are_those_of_gguf_py(case: Case) -> None:
     for tensor in tensors(case):
         match = re.match(r"blk\.(\d+)\.ffn_(gate|up|down)\.", tensor.name)
         is_dense = match is not None and int(match[1]) not in facts.moe_layers
-        name = re.sub(r"\.(weight|bias)$", "", tensor.name)
+        name = re.sub(r"\.(weight|bias|scale)$", "", tensor.name)
         assert name in known or is_dense, tensor.name
 
 
@@ -327,6 +327,42 @@ def values_of(checkpoint: Checkpoint, tensor: GgufTensor) -> np.ndarray:
     return np.concatenate(parts).reshape(tensor.shape)
 
 
+def biases_of(checkpoint: Checkpoint, model: MoeModel, layer: int) -> dict[str, torch.Tensor]:
+    """Of the experts' projections, (E, rows), or (E, 1) zeros where the family has none."""
+    made = {tensor.name: tensor for tensor in model.gguf_tensors(checkpoint.tensors)}
+    found = {}
+    for projection in ("gate", "up", "down"):
+        tensor = made.get(f"blk.{layer}.ffn_{projection}_exps.bias")
+        values = torch.zeros(model.facts.n_experts, 1)
+        found[projection] = (
+            values if tensor is None else torch.from_numpy(values_of(checkpoint, tensor))
+        )
+    return found
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(gate) * up
+
+
+def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """gpt-oss: gates up to 7, ups from -7 to 7."""
+    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+def squared_relu(up: torch.Tensor) -> torch.Tensor:
+    """Nemotron-3, without a gate."""
+    return torch.relu(up).square()
+
+
+def gelu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Gemma-4."""
+    return torch.nn.functional.gelu(gate, approximate="tanh") * up
+
+
+ACTIVATIONS = {"gemma4": gelu, "gpt-oss": clamped_swiglu, "nemotron_h_moe": squared_relu}
+
+
 @every_layout
 def test_matrices_are_all_those_of_a_layer(case: Case) -> None:
     model = case.model
@@ -344,7 +380,7 @@ def test_matrices_are_all_those_of_a_layer(case: Case) -> None:
             for name, tensor in made.items()
             if name.startswith(f"blk.{layer}.")
             and len(tensor.shape) > 1
-            and not name.endswith(".bias")  # of a router, with an axis of size 1
+            and not name.endswith(".bias")  # of a router, with an axis of size 1, and of experts
             # an embedding and a head of the MTP block's own have none, like those of the model
             and not name.endswith(("nextn.embed_tokens.weight", "nextn.shared_head_head.weight"))
             # convolutions are stored with an axis more, and multiply nothing
@@ -430,16 +466,17 @@ def test_what_is_observed_is_the_formula(case: Case, tmp_path: Path) -> None:
         for layer, (hidden, indices, weights) in given.items():
             made = model.expert_tensors(layer, checkpoint.tensors)
             matrices = {p: torch.from_numpy(values_of(checkpoint, t)) for p, t in made.items()}
+            biases = biases_of(checkpoint, model, layer)
             seen = observer.layers[layer]
             for expert in range(model.facts.n_experts):
                 token, place = torch.where(indices == expert)
                 inputs, gates = hidden.reshape(-1, hidden.shape[-1])[token], weights[token, place]
-                products = {p: inputs @ matrices[p][expert].T for p in made if p != "down"}
-                if "gate" in products:
-                    activations = torch.nn.functional.silu(products["gate"]) * products["up"]
-                else:
-                    activations = torch.relu(products["up"]).square()
-                norms = (activations @ matrices["down"][expert].T).norm(dim=-1)
+                own = {projection: matrix[expert] for projection, matrix in matrices.items()}
+                if "gate_up" in own:
+                    own["gate"], own["up"] = own.pop("gate_up").chunk(2)
+                firsts = [inputs @ own[p].T + biases[p][expert] for p in ("gate", "up") if p in own]
+                activations = ACTIVATIONS.get(model.gguf_arch, swiglu)(*firsts)
+                norms = (activations @ own["down"].T + biases["down"][expert]).norm(dim=-1)
                 assert seen.count[expert] == len(token)
                 assert seen.reap_sum[expert] == pytest.approx(
                     float((norms * gates).sum()), rel=1e-5

@@ -117,12 +117,19 @@ def test_what_is_refused(changes: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_keys_that_tie_the_embeddings(says: bool | None, tied: bool, tmp_path: Path) -> None:
     """transformers ties them by default; the stored tensors decide."""
-    tiny = replace(TINY, tied=tied)
-    model = model_of(tiny, tie_word_embeddings=... if says is None else tied)
+    folder = replace(TINY, tied=tied).write(tmp_path / "model")
+    if says is None:
+        config = json.loads((folder / "config.json").read_text())
+        del config["tie_word_embeddings"]
+        (folder / "config.json").write_text(json.dumps(config))
+    with Checkpoint.open(folder) as checkpoint:
+        model = describe(checkpoint)
     assert model.facts.tied_embeddings is tied
     check_with_transformers(model)
-    config = model.pruned_config(4)
-    assert config.get("tie_word_embeddings", True) is tied
+    assert model.pruned_config(4).get("tie_word_embeddings", True) is tied
+    ours = pruned(folder, tmp_path / "pruned", n_kept=4)
+    theirs = of_transformers(ours, TINY.vocab)
+    assert mean_kl(theirs, of_llama_cpp(ours, tmp_path, TINY.vocab)) < 1e-6
 
 
 # the router's bias

@@ -31,6 +31,8 @@ LORA = "base_model.model.model.layers.0.self_attn.q_proj"
         ("language_model.lm_head.weight", "vision-language savers"),
         ("decoder.layers.0.mlp.experts.linear_fc1.weight", "Megatron"),
         ("model.layers.0.self_attn.qkv_proj.weight", "vLLM"),
+        ("ernie.layers.0.self_attn.qkv_proj.weight", "ends in -PT"),
+        ("model.layers.1.mlp.experts.0.up_gate_proj.weight", "PaddlePaddle"),
     ],
 )
 def test_what_wrote_a_checkpoint(name: str, words: str, tmp_path: Path) -> None:

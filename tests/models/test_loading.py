@@ -28,6 +28,8 @@ def test_every_architecture_is_loaded(case: Case, tmp_path: Path) -> None:
         name: p.shape for name, p in whole.named_parameters()
     }
     assert all(parameter.is_meta for parameter in built.parameters())
+    attention = "eager" if case.model.has_eager_attention else "sdpa"
+    assert built.config._attn_implementation == attention
 
 
 def test_an_architecture_that_is_not_in_the_table() -> None:

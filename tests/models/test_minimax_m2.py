@@ -1,17 +1,13 @@
-"""MiniMax-M2: what only this family has, and its checkpoints in FP8 as they are published."""
+"""MiniMax-M2: what only this family has; `test_fp8.py` has its checkpoints in FP8."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import transformers
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
@@ -21,15 +17,10 @@ from reap2gguf.models.minimax_m2 import MiniMaxM2
 from reap2gguf.models.table import BY_GGUF, describe
 from reap2gguf.models.transformers_config import check_with_transformers
 from reap2gguf.observing.targets import layer_targets
-from tests.exporting.files import export_files, plain
-from tests.families.minimax import TINY, TinyMiniMaxM2, as_published
-from tests.models.converted import contents
+from tests.families.minimax import TINY, TinyMiniMaxM2
 from tests.models.layouts import stored_of
-from tests.models.oracles import loaded, mean_kl, of_llama_cpp, of_transformers, pruned, tokens
+from tests.models.oracles import loaded, pruned, tokens
 from tests.models.test_from_gguf import header_of
-from tests.tiny import save_sharded
-
-MOE = "model.layers.1.block_sparse_moe."
 
 
 def model_of(tiny: TinyMiniMaxM2 = TINY, **changes: Any) -> MiniMaxM2:
@@ -200,83 +191,3 @@ def test_a_header_says_what_is_rotated(rotary: float | None) -> None:
     found = model_from_gguf(header_of(model_of(tiny), stored_of(tiny.tensors())), BY_GGUF)
     check_with_transformers(found.model)
     assert header(found.model)["rope.dimension_count"] == int(32 * (rotary or 1))  # type: ignore[arg-type]
-
-
-# FP8 as published
-
-
-def test_fp8_decodes_as_in_transformers(tmp_path: Path) -> None:
-    """Blocks with ragged edges; router, bias, norms, embedding and head are not quantized."""
-    case = as_published(block=(24, 40))
-    stored, theirs = case.tensors(), Fp8Dequantize(None)
-    left = {"gate", "e_score_correction_bias", "lm_head", "embed_tokens", "norm", "layernorm"}
-    with Checkpoint.open(case.write(tmp_path / "model")) as opened:
-        assert opened.tensors.keys() == TINY.tensors().keys()
-        describe(opened)
-        n_decoded = 0
-        for name in opened.tensors:
-            if f"{name}_scale_inv" not in stored:
-                assert any(part in name for part in left)
-                continue
-            given = stored[name].float(), stored[f"{name}_scale_inv"]
-            rows, columns = given[0].shape
-            wide = given[1].repeat_interleave(24, 0).repeat_interleave(40, 1)[:rows, :columns]
-            np.testing.assert_array_equal(opened.read_float32(name), (given[0] * wide).numpy())
-            n_decoded += 1
-        assert n_decoded == 2 * (4 + 3 * 8)
-    even = as_published(block=(16, 32))
-    stored = even.tensors()
-    with Checkpoint.open(even.write(tmp_path / "even")) as opened:
-        name = f"{MOE}experts.3.w2.weight"
-        given = stored[name], stored[f"{name}_scale_inv"]
-        expected = theirs._dequantize_one(*given, output_dtype=torch.float32)
-        np.testing.assert_array_equal(opened.read_float32(name), expected.numpy())
-
-
-def test_a_pruned_folder_in_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It keeps codes and scales of the experts that remain, and transformers loads it again."""
-    case = as_published(block=(16, 32))
-    source = case.write(tmp_path / "model")
-    ours = pruned(source, tmp_path / "pruned", n_kept=4)
-    stored = case.tensors()
-    with Checkpoint.open(ours) as opened:
-        found = opened.stored.config
-        assert found["quantization_config"] == case.section
-        assert found["num_local_experts"] == 4
-        files = {name for name in opened.stored.tensors if "experts." in name}
-        assert files == {n for n in stored if any(f"experts.{e}." in n for e in range(4))}
-        for name in files:
-            data = stored[name].contiguous().view(torch.uint8).numpy().tobytes()
-            assert opened.stored.read(name).tobytes() == data
-    quantizer = transformers.quantizers.quantizer_finegrained_fp8
-    monkeypatch.setattr(quantizer, "is_accelerate_available", lambda: True)  # it needs none of it
-    _, said = transformers.AutoModelForCausalLM.from_pretrained(
-        ours, dtype=torch.bfloat16, output_loading_info=True
-    )
-    assert not any(said.values())
-
-
-def test_files_of_fp8_are_those_of_its_decoded_values(tmp_path: Path) -> None:
-    """And llama.cpp computes what transformers does with these values."""
-    case = as_published(block=(24, 40))
-    source = pruned(case.write(tmp_path / "model"), tmp_path / "pruned", n_kept=6)
-    decoded = tmp_path / "decoded"
-    decoded.mkdir()
-    with Checkpoint.open(source) as opened:
-        values = {n: torch.from_numpy(opened.read_float32(n)).contiguous() for n in opened.tensors}
-    for file in source.glob("*.json"):
-        if "index" not in file.name:
-            (decoded / file.name).write_text(file.read_text())
-    config = json.loads((source / "config.json").read_text())
-    del config["quantization_config"]
-    (decoded / "config.json").write_text(json.dumps(config))
-    save_sharded(values, decoded, 1)
-    kinds = [plain(kind) for kind in ("F32", "BF16", "Q8_0")]
-    found = []
-    for folder in (source, decoded):
-        (target := tmp_path / f"of {folder.name}").mkdir()
-        files = export_files(folder, target, kinds)
-        found.append({kind: contents(path)["tensors"] for kind, path in files.items()})
-    assert found[0] == found[1]
-    theirs = of_transformers(decoded, TINY.vocab)
-    assert mean_kl(theirs, of_llama_cpp(source, tmp_path, TINY.vocab)) < 1e-6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,7 @@ from reap2gguf.observing.budget import (
     importance_bytes,
     size_text,
 )
+from tests.families.gpt_oss import TINY as GPT_OSS
 from tests.tiny import EXAMPLE
 
 GIB = 2**30
@@ -215,3 +217,16 @@ def test_the_others_are_taken_from_the_batches() -> None:
     assert (less.batch_tokens, less.prefetch) < (budget.batch_tokens, budget.prefetch)
     held = budget_module.held_bytes(replace(need, others=GIB), budget)
     assert held == budget_module.held_bytes(need, budget) + GIB
+
+
+def test_attention_without_a_kernel_takes_memory_with_the_length_of_rows(tmp_path: Path) -> None:
+    with Checkpoint.open(GPT_OSS.write(tmp_path / "model")) as checkpoint:
+        model = describe(checkpoint)
+    kind = Kind(model, 4, False, False)
+    short, long = (kind.need({0: 1000}, 10, 4096, row).position for row in (256, 1024))
+    per_copy = model.facts.n_heads * (1024 - 256) * 4
+    assert 3 * per_copy < long - short < 6 * per_copy
+    with Checkpoint.open(EXAMPLE) as checkpoint:
+        other = Kind(describe(checkpoint), 4, False, False)
+    short, long = (other.need({0: 1000}, 10, 4096, row).position for row in (256, 1024))
+    assert short == long

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from gguf import GGMLQuantizationType
 
 from reap2gguf.errors import RecipeError
 from reap2gguf.models.description import GgufTensor, ModelFacts
+from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from tests.tiny import REPOSITORY
@@ -302,3 +304,45 @@ def test_mxfp4_is_for_experts() -> None:
         name for name in matrices if "_exps" in name
     }
     assert {kind for name, kind in matrices.items() if "_exps" not in name} == {"Q8_0"}
+
+
+def stored_as_mxfp4(hidden: int, width: int) -> list[GgufTensor]:
+    """A model whose experts a checkpoint has in blocks of MXFP4."""
+    return [
+        replace(one, block_type=GGMLQuantizationType.MXFP4) if "_exps.weight" in one.name else one
+        for one in tensors_of(2, hidden=hidden, width=width)
+    ]
+
+
+def of_experts(asked: Recipe, tensors: list[GgufTensor]) -> set[str]:
+    return {kind for name, kind in kind_names(asked, tensors).items() if "_exps" in name}
+
+
+@pytest.mark.parametrize("name", [*shipped_recipes(), "F32", "IQ1_S", "Q2_K", "Q8_0", "MXFP4_MOE"])
+def test_experts_in_mxfp4_stay_so_where_no_other_type_is_smaller(name: str) -> None:
+    """The rows of gpt-oss fill no blocks of fewer bits."""
+    tensors = stored_as_mxfp4(2880, 2880)
+    assert of_experts(load_recipe(name), tensors) == {"MXFP4"}
+    table = resolved(load_recipe(name), tensors).table
+    assert all(entry.is_copied is ("_exps" in entry.tensor.name) for entry in table)
+    assert all(entry.wanted is None for entry in table) is (name == "MXFP4_MOE")
+    plain = {name: one for name, one in kind_names(load_recipe(name), tensors).items()}
+    for tensor, kind in kind_names(load_recipe(name), tensors_of(2, 2880, 2880)).items():
+        assert plain[tensor] == kind or "_exps" in tensor, "other tensors are as ever"
+
+
+def test_smaller_types_are_made_of_experts_in_mxfp4() -> None:
+    tensors = stored_as_mxfp4(2048, 768)
+    assert of_experts(load_recipe("IQ2_XS"), tensors) <= {"IQ2_XS", "Q2_K", "IQ3_S"}
+    assert of_experts(load_recipe("IQ4_XS"), tensors) == {"MXFP4"}  # it has as many bits
+    assert of_experts(load_recipe("Q3_K_M"), tensors) == {"Q3_K", "MXFP4"}  # instead of Q5_K
+
+
+def test_a_strict_rule_is_obeyed_by_experts_in_mxfp4() -> None:
+    tensors = stored_as_mxfp4(2880, 2880)
+    strict = recipe(("experts.down", "Q8_0"))
+    assert of_experts(strict, tensors) == {"Q8_0", "MXFP4"}
+    loose = parse_recipe(strict.as_toml() + "fallback = true\n", "mine", "mine.toml")
+    assert of_experts(loose, tensors) == {"MXFP4"}
+    override = load_recipe("Q4_K_M").with_overrides(read_overrides(("ffn_up_exps=q8_0",)))
+    assert of_experts(override, tensors) == {"Q8_0", "MXFP4"}

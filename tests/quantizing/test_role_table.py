@@ -15,8 +15,10 @@ from reap2gguf.quantizing.recipe import load_recipe
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from reap2gguf.quantizing.role_table import RoleRow, difference, table_of
 from reap2gguf.quantizing.selector import Selector
+from tests.families.gpt_oss import TINY as GPT_OSS
 from tests.loopback_hub.model import layered_files, serving
 from tests.models.layouts import CASES, Case
+from tests.quantized import as_mxfp4
 from tests.tiny import EXAMPLE, TinyQwen3Moe, TinyQwen35Moe
 
 RECIPES = ("Q4_K_M", "IQ2_M", "unsloth-q3kxl")
@@ -81,6 +83,14 @@ def test_rows_that_fill_no_blocks_are_marked_with_the_reason(tmp_path: Path) -> 
     assert {(row.tensor_type, row.wanted) for row in down} >= {("Q5_0", "Q4_K")}
     assert down[0].reason == "rows of 32 do not fill the blocks of 256 that Q4_K has"
     assert all(not row.reason for row in reap2gguf.recipe_table("Q4_0", model).rows[:1])
+
+
+def test_experts_that_stay_as_they_are_stored_are_marked_with_the_reason(tmp_path: Path) -> None:
+    rows = reap2gguf.recipe_table("Q8_0", as_mxfp4(GPT_OSS).write(tmp_path / "model")).rows
+    experts = [row for row in rows if row.role.startswith("experts") and row.wanted]
+    assert {(row.tensor_type, row.wanted) for row in experts} == {("MXFP4", "Q8_0")}
+    said = "they are stored as MXFP4, and would take no fewer bits in another"
+    assert {row.reason for row in experts} == {said}
 
 
 @pytest.mark.parametrize("tiny", [TinyQwen3Moe, TinyQwen35Moe])

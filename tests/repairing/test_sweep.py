@@ -23,8 +23,10 @@ from reap2gguf.repairing.limits import LEAST_ROWS, repaired_layers
 from reap2gguf.repairing.record import RepairFolder
 from tests.families import (
     deepseek,
+    gemma,
     glm,
     granite,
+    kimi_linear,
     lfm2,
     mixtral,
     nemotron,
@@ -53,7 +55,10 @@ def first_of(module: Any) -> dict[str, Any]:
     }
 
 
-for family in (deepseek, glm, granite, lfm2, mixtral, nemotron, olmoe, qwen2, qwen3_next):
+for family in (
+    *(deepseek, gemma, glm, granite, kimi_linear, lfm2),
+    *(mixtral, nemotron, olmoe, qwen2, qwen3_next),
+):
     MODELS |= first_of(family)
 
 
@@ -80,7 +85,7 @@ def test_a_repair_is_the_ridge_regression_of_what_transformers_computes(
                 path = f"{layer}.{view.model.experts_path(layer)}"
                 # in transformers, the layers before have their new weights
                 pruned = calls(written, ROWS, path)
-                target = targets(source, pruned.entering, path)
+                target = targets(source, pruned, path)
                 expected = expected_repair(target, pruned, down_of(view, layer), IS_HELD)
                 is_bfloat16 = "BF16" in {view.tensors[name].dtype for name in stored.tensors}
                 compare(found[layer].facts, down_of(after, layer), expected, is_bfloat16)

@@ -22,6 +22,8 @@ class Calls:
     outputs: np.ndarray  # (N, H)
     activations: list[np.ndarray]  # per expert (N, F), of every input
     down: np.ndarray  # (E, H, F)
+    rows: list[np.ndarray]  # the tokens
+    hidden: list[torch.Tensor]  # what enters the layer, of each row, (1, T, H)
 
 
 def calls(folder: Path, rows: list[np.ndarray], path: str) -> Calls:
@@ -42,6 +44,10 @@ def calls(folder: Path, rows: list[np.ndarray], path: str) -> Calls:
 
     modules[name.rpartition(".")[0]].register_forward_pre_hook(keep_entering, with_kwargs=True)
     handle = experts.register_forward_hook(keep, with_kwargs=True)
+    hidden: list[torch.Tensor] = []
+    _layer(whole, path).register_forward_pre_hook(
+        lambda module, arguments: hidden.append(arguments[0].clone())
+    )
     with torch.inference_mode():
         for row in rows:
             whole(torch.from_numpy(row)[None])
@@ -61,19 +67,38 @@ def calls(folder: Path, rows: list[np.ndarray], path: str) -> Calls:
         outputs.double().numpy(),
         activations,
         experts.down_proj.detach().double().numpy(),
+        rows,
+        hidden,
     )
 
 
-def targets(folder: Path, inputs: np.ndarray, path: str) -> np.ndarray:
-    """What the experts of a model give where its block gets inputs (N, H), by its own routing."""
+def _layer(whole: Any, path: str) -> Any:
+    """The decoder layer that `path` begins with the number of."""
+    return whole.get_decoder().layers[int(path.split(".")[0])]
+
+
+def targets(folder: Path, pruned: Calls, path: str) -> np.ndarray:
+    """What the experts of a model give where those of the pruned one are, (N, H).
+
+    By its own routing: its block runs on what enters the pruned block, or, where the layer
+    itself holds them and its router, the layer runs on the hidden states that enter the pruned one.
+    """
     whole: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     modules = dict(whole.named_modules())
     name = next(name for name in modules if name.endswith(path))
     kept: list[torch.Tensor] = []
     modules[name].register_forward_hook(lambda module, arguments, output: kept.append(output))
+    block = modules[name.rpartition(".")[0]]
     with torch.inference_mode():
-        modules[name.rpartition(".")[0]](torch.from_numpy(inputs).float()[None])
-    return kept[0].double().numpy()
+        if block is not _layer(whole, path):
+            block(torch.from_numpy(pruned.entering).float()[None])
+        for row, values in zip(pruned.rows, pruned.hidden, strict=True) if not kept else ():
+            handle = block.register_forward_pre_hook(
+                lambda module, arguments, values=values: (values, *arguments[1:])
+            )
+            whole(torch.from_numpy(row)[None])
+            handle.remove()
+    return torch.cat(kept).double().numpy()
 
 
 @dataclass

@@ -14,7 +14,7 @@ import pytest
 
 from reap2gguf.bundle.card_choice import choice_section, how_chosen
 from reap2gguf.bundle.evaluation import Estimate, Evaluation, TaskScore
-from reap2gguf.bundle.manifest import NO_METHOD
+from reap2gguf.bundle.manifest import NO_METHOD, ImportanceRecord
 from reap2gguf.reporting import grids
 from reap2gguf.reporting.experts import heat
 from reap2gguf.reporting.facts import ReportFacts
@@ -431,3 +431,21 @@ def test_contrast(scheme: dict[str, str]) -> None:
 def test_there_is_a_rule_for_every_tab() -> None:
     style = files("reap2gguf.reporting").joinpath("style.css").read_text(encoding="utf-8")
     assert style.count(":checked ~ .pane:nth-of-type") == grids._MOST_TABS
+
+
+def test_what_the_importance_matrix_saw(facts: ReportFacts) -> None:
+    covered = ImportanceRecord(0, 150, 1, 2, 100, {0: (0, 50, 150, 300), 1: (120, 150, 160, 170)})
+    manifest = facts.manifest
+    known = replace(manifest, calibration=replace(manifest.calibration, imatrix_coverage=covered))
+    tree = read_page(page(replace(facts, manifest=known))).one("section", id="calibration")
+    text = tree.text
+    assert "tokens of the importance matrix" in text
+    assert f"{149 * 512:,}" in text
+    assert "median 150, fewest 0; 2 of 8 experts (25.0%) saw under 100" in text
+    rows = table_of(tree, "Tokens of the importance matrix that the experts of each layer saw")
+    cells = [[row[name].text for name in ("fewest tokens", "median")] for row in rows]
+    assert cells == [["0", "100"], ["120", "155"]]
+    assert [row["experts under 100"].text for row in rows] == ["2", "0"]
+    assert [row["experts without any"].text for row in rows] == ["1", "0"]
+    before = read_page(page(facts)).one("section", id="calibration").text
+    assert "tokens per expert" not in before

@@ -143,7 +143,7 @@ def test_without_a_file_the_recipe_is_q4_k_m(asked: Any) -> None:
         ("samples = true", "samples is True, expected a whole number"),
         ("samples = 0", "samples: 0 is not between 1 and"),
         ("keep-experts = 1.5", "keep-experts is 1.5, expected a whole number"),
-        ("compression = 'x'", "compression is 'x', expected a number"),
+        ("compression = 'x'", "compression: 'x' is neither a number such as 0.25 nor auto"),
         ("pack = 1", "pack is 1, expected true or false"),
         ("memory = 8", "memory is 8, expected text"),
         ("memory = 'much'", "memory: 'much' is not a size such as 12GiB"),

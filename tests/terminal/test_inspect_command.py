@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGUFWriter
 
 import reap2gguf
 from reap2gguf.artifacts.observations import Observations
@@ -165,13 +166,23 @@ def test_wrong_arguments(arguments: tuple[str, ...], said: str, observations: Pa
     assert said in result.output
 
 
+def written_side_file(folder: Path) -> Path:
+    """A GGUF file that is neither of a model nor an importance matrix."""
+    writer = GGUFWriter(folder / "side.gguf", "clip")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    return folder / "side.gguf"
+
+
 def test_what_is_nothing_to_inspect(built: Bundle, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("text")
     cases: list[tuple[Any, str]] = [
         (tmp_path, "not a bundle"),
         (tmp_path / "text.txt", "text.txt"),
         (tmp_path / "missing", "missing"),
-        (next(built.gguf.glob("*BF16.gguf")), "general.type is not imatrix"),
+        (written_side_file(tmp_path), "general.type is not imatrix"),
     ]
     for path, said in cases:
         result = run("inspect", path)

@@ -15,10 +15,12 @@ from reap2gguf.building.plan import Plan, make_plan
 from reap2gguf.options import BuildOptions, ComputeOptions
 from reap2gguf.pruning.coverage import importance_record
 from reap2gguf.pruning.select import Target
-from reap2gguf.terminal.plan_advice import expert_count_lines, odd_row_lines
+from reap2gguf.terminal.plan_advice import copied_lines, expert_count_lines, odd_row_lines
 from reap2gguf.terminal.plan_views import plan_as_json, plan_lines, up_to_date_or_lines
 from tests.building.needs.machines import needs_on
+from tests.families.gpt_oss import TINY as GPT_OSS
 from tests.models.layouts import FIRST, Case
+from tests.quantized import as_mxfp4
 from tests.tiny import TinyQwen3Moe
 
 
@@ -62,6 +64,19 @@ def test_rows_that_fill_their_blocks_are_not_mentioned(tmp_path: Path) -> None:
     assert list(odd_row_lines(recipe)) == [
         "rows of 64 do not fill blocks of Q4_K: 2 tensors (attn_output) are Q5_0"
     ]
+
+
+def test_experts_that_stay_as_they_are_stored(tmp_path: Path) -> None:
+    source = as_mxfp4(GPT_OSS).write(tmp_path / "model")
+    how: dict[str, Any] = {"compression": 0.5, "recipes": ("q4km", "MXFP4_MOE")}
+    plan = planned(source, tmp_path / "out", **how)
+    said = [list(copied_lines(recipe)) for recipe in plan.recipes]
+    stay = "9 tensors stay in the MXFP4 that they are stored in, bit for bit"
+    assert said == [[f"{stay}; as Q4_K or Q6_K they would take no fewer bits"], [stay]]
+    assert stay in " ".join("\n".join(plan_lines(plan, needs_on(plan), False)).split())
+    assert not any("_exps" in line for recipe in plan.recipes for line in odd_row_lines(recipe))
+    plain = planned(GPT_OSS.write(tmp_path / "plain"), tmp_path / "out", **how)
+    assert [list(copied_lines(recipe)) for recipe in plain.recipes] == [[], []]
 
 
 def lines_of(total: int, kept: int, n_groups: int = 1) -> list[str]:

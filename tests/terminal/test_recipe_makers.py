@@ -124,7 +124,7 @@ def test_a_list_from_a_file_and_from_standard_input(tmp_path: Path) -> None:
 
 def test_errors_of_texts_are_one_line(tmp_path: Path) -> None:
     one_line(run("recipes", "import", "attn=q6_0"), "the text: q6_0 exists only in ik_llama.cpp")
-    one_line(run("recipes", "import", "hello"), "'hello' is not PATTERN=TYPE")
+    one_line(run("recipes", "import", "hello"), "'hello' is no file here")
     path = tmp_path / "x.recipe"
     path.write_bytes(b"a=q8_0\xff")
     one_line(run("recipes", "import", path), "cannot be read")

@@ -133,6 +133,22 @@ PUBLISHED = (
     Published("glm4_moe_lite", "Glm4MoeLiteForCausalLM", **_GLM),
     Published("glm4_moe", "Glm4MoeForCausalLM", **_GLM, begins_with=("[gMASK]", "<sop>")),
     Published(
+        "gpt_oss",
+        "GptOssForCausalLM",
+        "gpt-4o",
+        [split(O200K_STEPS[0]), LAST],
+        ["<|startoftext|>", "<|endoftext|>", "<|reserved_200000|>", "<|return|>", "<|constrain|>",
+         "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>", "<|endofprompt|>"],
+        [],
+        {
+            "bos_token": "<|startoftext|>",
+            "eos_token": "<|return|>",
+            "pad_token": "<|endoftext|>",
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        },
+        {"eos_token_id": 260, "pad_token_id": 258},
+    ),
+    Published(
         "lfm2_moe",
         "Lfm2MoeForCausalLM",
         "lfm2",

@@ -50,6 +50,7 @@ STEPS: dict[str, list[dict[str, Any]]] = {
     "llama-bpe": [split(LLAMA3), LAST],
     "glm4": [split(LLAMA3), LAST],
     "lfm2": [split(LLAMA3), LAST],
+    "gpt-4o": [*map(split, O200K_STEPS), LAST],
     "deepseek-v3": [*map(split, DEEPSEEK_V3_STEPS), LAST],
     "deepseek-llm": [*map(split, DEEPSEEK_LLM_STEPS[:-1]), DIGITS, LAST],
     "olmo": [SPLITS_ITSELF],
@@ -72,6 +73,10 @@ def _one_case(text: str) -> str:
 
 # texts in which llama.cpp gives other ids, as its users are told
 DIFFERENT: dict[str, Callable[[str], str]] = {
+    "gpt-4o": lambda text: (
+        "".join(c for c in text if c < "\x80" or unicodedata.category(c) not in (*_CASED, *_MARKS))
+        + "".join(c for c in text.lower() if unicodedata.category(c) not in (*_CASED[:2], *_MARKS))
+    ),
     "deepseek-llm": lambda text: "".join(
         " " if char.isspace() else char
         for char in text
@@ -154,6 +159,8 @@ def test_ids_are_those_of_llama_cpp_and_of_the_library(name: str, tmp_path: Path
         (["a\u0301b", " \u0301"], "qwen35"),
         (["123", "45", " ", "678"], "llama-bpe"),
         (["中文", "abc", "123", "4"], "deepseek-v3"),
+        (["get", "HTTPName's", " it", "123", "4", "!//\n", "x"], "gpt-4o"),
+        (["É", "COLE", " aÉbe", "\u0301s"], "gpt-4o"),
         (["get", "HTTPName's", " it", "123", "4", "!//\n", "x"], "minimax-m2"),
         (["É", "COLE", " aÉbe", "\u0301s"], "minimax-m2"),
     ],

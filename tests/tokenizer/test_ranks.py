@@ -18,7 +18,7 @@ from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.tokenizer_families import tokenizer_family
 from reap2gguf.tokenizer.caveats import RANKS_CAVEAT
 from reap2gguf.tokenizer.check import check_tokenizer
-from reap2gguf.tokenizer.gguf_keys import add_tokenizer
+from reap2gguf.tokenizer.gguf_keys import add_tokenizer, header_value
 from reap2gguf.tokenizer.in_transformers import load_in_transformers
 from reap2gguf.tokenizer.probe import HARD_CASES
 from reap2gguf.tokenizer.ranks import merges_of_ranks, tokenizer_of_ranks
@@ -74,6 +74,20 @@ def test_keys_are_those_of_the_converter(tmp_path: Path) -> None:
     add_tokenizer(writer, tmp_path, VOCAB_SIZE, FAMILY)
     keys = {key: short(entry.value) for key, entry in writer.kv_data[0].items() if "token" in key}
     assert keys == expected
+
+
+def test_kimi_linear_ends_as_its_tokenizer_says(tmp_path: Path) -> None:
+    """llama.cpp's converter takes the tokenizer's end there, and config.json's elsewhere."""
+    write_ranks(tmp_path, config={"eos_token": "<|im_end|>"})
+    ends = {}
+    for model_type in ("deepseek_v3", "kimi_linear"):
+        writer = GGUFWriter(None, "deepseek2")
+        add_tokenizer(writer, tmp_path, VOCAB_SIZE, tokenizer_family(model_type))
+        ends[model_type] = header_value(writer, "tokenizer.ggml.eos_token_id")
+    assert ends == {"deepseek_v3": N_RANKS + 1, "kimi_linear": N_RANKS + 2}
+    write_ranks(tmp_path, config={"eos_token": "<end>"})
+    with pytest.raises(CheckpointError, match="eos_token is '<end>', expected one of the special"):
+        add_tokenizer(writer, tmp_path, VOCAB_SIZE, tokenizer_family("kimi_linear"))
 
 
 def test_ids_are_those_of_llama_cpp_where_it_splits_alike(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from gguf import GGUFWriter, TokenType
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.tokenizer_families import tokenizer_family
+from reap2gguf.tokenizer.character_bpe import is_sentencepiece
 from reap2gguf.tokenizer.check import check_tokenizer
 from reap2gguf.tokenizer.gguf_keys import add_tokenizer
-from reap2gguf.tokenizer.sentencepiece import is_sentencepiece, read_spm
+from reap2gguf.tokenizer.sentencepiece import read_spm
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 from tests.tiny import REPOSITORY
 from tests.tokenizer.small import added, llama_cpp_tokenizer, tokenizer

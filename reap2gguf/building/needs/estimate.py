@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # stages
 ALL = (
-    *("texts", "observe", "choose", "merge", "repair", "prune"),
+    *("texts", "observe", "weigh", "choose", "merge", "repair", "prune"),
     *("imatrix", "fit", "export", "verify", "evaluate"),
 )
 LONG = 12 * 3600.0  # seconds; a shorter way is looked for
@@ -138,7 +138,13 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """Seconds of the whole command: of its critical path, since stages overlap."""
-        return critical_path(self.stages, self.host)
+        return critical_path(self.stages, self.host, self.export_waits)
+
+    @property
+    def export_waits(self) -> bool:
+        """Whether a recipe asks for importance, so that no file is begun before all is known."""
+        asks = any(recipe.asks_importance for recipe in self.plan.recipes)
+        return asks and self.plan.computes_imatrix
 
     @cached_property
     def stages(self) -> Mapping[str, float]:
@@ -189,7 +195,10 @@ class Estimate:
         if self.sweeps.problem:
             found.append(self.sweeps.problem)
         elif self.choosing is not None and self.choosing.problem:
-            found.append(f"{self.choosing.problem}; or pass fewer --candidates, or one --method")
+            way = "pass fewer --candidates, or one --method"
+            if self.plan.weighs:
+                way = "pass a number as --compression"
+            found.append(f"{self.choosing.problem}; or {way}")
         elif self.repairing is not None and self.repairing.problem:
             way = "choose another --method" if self.plan.merges else "pass --repair scale, or none"
             found.append(f"{self.repairing.problem}; or {way}")

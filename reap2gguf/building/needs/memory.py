@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING
 
-from reap2gguf.building.needs.scoring import CHUNK, chosen_tokens
+from reap2gguf.building.needs.scoring import (
+    CHUNK,
+    WEIGHED_TOKENS,
+    chosen_tokens,
+    weighed_variants,
+)
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import UsageError
 from reap2gguf.evaluating.head_cut import Cut, HeadShape
@@ -102,18 +108,23 @@ def evaluation_needs(
 
 
 def choosing_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> SweepNeeds | None:
-    """What the stage takes that chooses a method; None if the method was named.
+    """What the stage takes that chooses a method, or weighs numbers of experts: the larger one.
 
-    All candidates are views of the source, which share its layers and its head.
+    None if both were named. All candidates are views of the source, which share its layers and its
+    head.
     """
-    if not plan.chooses:
+    if not plan.chooses and not plan.weighs:
         return None
-    n_here, n_variants = processes().on_machine, 1 + len(plan.candidates)
+    n_here = processes().on_machine
+    asked = [(1 + len(plan.candidates), chosen_tokens(amount))] if plan.chooses else []
+    if plan.weighs:
+        asked.append((len(weighed_variants(plan)), WEIGHED_TOKENS))
+    n_variants, n_tokens = max(asked, key=prod)
     kind = _kind(plan, sizes, machine, n_here)
     embedding = plan.checkpoint.tensors[plan.model.embedding_name].n_elements * kind.itemsize
     layers = sizes.layers(kind.itemsize, kind.on_gpu)
     trunk = {n: layers[n] for n in range(plan.model.facts.n_layers) if n in layers}
-    n_positions = -(-chosen_tokens(amount) * n_variants // processes().size)
+    n_positions = -(-n_tokens * n_variants // processes().size)
     need = kind.need(trunk, embedding, n_positions, max(amount.longest_row, CHUNK))
     # as in `evaluating/engine.py`: a third layer, if several views are made of one
     need = replace(need, layer=int(1.5 * need.layer) if n_variants > 2 else need.layer)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.artifacts.texts import Texts
-from reap2gguf.building.choose_stage import Choose, candidates_of, observations_of
+from reap2gguf.building.choose_stage import Choose, candidates_of
 from reap2gguf.building.choosing import known_choice
 from reap2gguf.building.fit_stage import Fit
 from reap2gguf.building.given_stage import importance_of
 from reap2gguf.building.merge_stage import Merge
 from reap2gguf.building.needs.amount import is_small
 from reap2gguf.building.needs.estimate import ALL, KnownCoverage, Reused
+from reap2gguf.building.observed import observations_of
 from reap2gguf.building.record import expert_tokens
 from reap2gguf.building.repair_stage import Repair
 from reap2gguf.building.stage import Run, Stage, needed
@@ -21,6 +23,8 @@ from reap2gguf.building.stages import Export, Importance, Observe, Prune
 from reap2gguf.building.standing import standing
 from reap2gguf.building.text_stage import ReadTexts
 from reap2gguf.building.verify_stage import Verify
+from reap2gguf.building.weigh_stage import Weigh, kept_by_count, known_budget, matrix_for
+from reap2gguf.building.weighed import settled
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.errors import Reap2ggufError
 from reap2gguf.gguf_files.imatrix_coverage import layer_hits
@@ -39,7 +43,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.pruning.select import Kept
 
-_BEFORE_EXPORT = ("texts", "observe", "choose", "merge", "repair", "prune", "imatrix")
+_BEFORE_EXPORT = ("texts", "observe", "weigh", "choose", "merge", "repair", "prune", "imatrix")
 
 
 def find_reused(plan: Plan) -> Reused:
@@ -82,6 +86,8 @@ def _find(run: Run) -> Reused:
 
 def _in_finished_bundle(run: Run) -> Reused | None:
     """What a finished bundle of this name has already; None if there is none to extend."""
+    if (record := known_budget(run.plan, run.keys, run.work)) is not None:
+        run.settle(settled(run.plan, record))
     found = standing(run.plan, run.keys, run.work)
     if found is None:
         return None
@@ -121,7 +127,15 @@ def _add_done(
         if not _is_done(observed):
             return known
         done.append(observed.name)
-    seen = observations_of(plan, observed)
+    if plan.weighs:
+        weigh = Weigh(run, observed, kept_by_count(plan, observed))
+        if not _is_done(weigh):
+            return _observed(observations_of(plan, observed), None)
+        done.append(weigh.name)
+        _ = needed(texts).result  # of this plan: the next one may read less
+        matrix = partial(matrix_for, plan, observed)
+        plan = run.settle(settled(plan, weigh.result, matrix))
+    seen = observations_of(plan, observed) if plan.target.prunes else None
     if plan.chooses:
         choose = Choose(run, needed(texts), candidates_of(plan, needed(texts), observed))
         if not _is_done(choose):
@@ -175,7 +189,7 @@ def _given_coverage(run: Run) -> KnownCoverage:
     plan = run.plan
     seen = observations_of(plan, None)
     kept = None
-    if (seen is not None or not plan.target.prunes) and not plan.chooses:
+    if (seen is not None or not plan.target.prunes) and not (plan.chooses or plan.weighs):
         kept = known_choice(run, seen)
     known = _observed(seen, kept)
     if plan.imatrix is not None and (kept is not None or plan.imatrix.cut_from is None):

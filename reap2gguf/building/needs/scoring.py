@@ -48,6 +48,15 @@ def chunks_of(plan: Plan, texts: Texts | None) -> int:
     return chunks_to_score(plan.options.evaluate, n_tokens, plan.n_variants)
 
 
+WEIGHED_TOKENS = 16 * CHUNK  # on which numbers of experts are weighed
+
+
+def weighed_variants(plan: Plan) -> list[int]:
+    """The numbers of experts that go through the layers to be weighed: the source's, and fewer."""
+    n_all = plan.model.facts.n_experts
+    return [n_all, *(count for count in plan.counts if count < n_all)]
+
+
 def chosen_tokens(amount: Amount) -> int:
     """Tokens that a method is chosen on, about: rows that are held out, and the other text."""
     held = min(amount.n_tokens // (amounts.ONE_IN - 1), amounts.MOST_HELD_TOKENS)

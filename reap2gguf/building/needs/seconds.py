@@ -12,15 +12,17 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import TYPE_CHECKING
 
-from reap2gguf.building.needs.scoring import CHUNK, chosen_tokens, planned_chunks
+from gguf import GGMLQuantizationType
+
+from reap2gguf.building.needs.scoring import CHUNK, WEIGHED_TOKENS, chosen_tokens, planned_chunks
+from reap2gguf.building.needs.scoring import weighed_variants as _weighed_variants
+from reap2gguf.fitting.target import PROBE_TOKENS
 from reap2gguf.merging.limits import merged_layers
 from reap2gguf.observing.linear_attention import installed_version
 from reap2gguf.quantizing.kernels.gpu_kernels import FORMS
 from reap2gguf.verifying.exactness import QUICK_TYPES
 
 if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType
-
     from reap2gguf.building.needs.amount import Amount
     from reap2gguf.building.needs.disk import DiskNeeds
     from reap2gguf.building.needs.sizes import Sizes
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     Recipes = Sequence[ResolvedRecipe]
 
 STAGES = (
-    *("start", "texts", "observe", "choose", "merge", "repair", "prune"),
+    *("start", "texts", "observe", "weigh", "choose", "merge", "repair", "prune"),
     *("imatrix", "fit", "export", "verify", "evaluate", "finish"),
 )
 
@@ -148,6 +150,7 @@ def stage_seconds(
         found["merge"] = max(_merge(plan, sizes, amount, host), waiting) + python * _FIRST_PASS
     if plan.repairs:
         found["repair"] = max(_repair(plan, sizes, amount, host), waiting) + python * _FIRST_PASS
+    found["weigh"] = _weigh(plan, sizes, amount, host)
     found["choose"] = _choose(plan, sizes, amount, host)
     if plan.writes_hf:
         copied = plan.hf_bytes
@@ -160,7 +163,7 @@ def stage_seconds(
     else:
         found["imatrix"] = python * _GIVEN
     if plan.sized is not None:
-        found["fit"] = _fit(plan.sized, host)
+        found["fit"] = _fit(plan.sized, host) + _probe(plan, sizes, amount, host)
     gpu_factor = host.gpu_factor if pays_on_gpu else None
     found["export"] = _export(recipes, host, gpu_factor)
     found["verify"] = _verify(plan, recipes, sizes, disk, host, gpu_factor)
@@ -169,19 +172,20 @@ def stage_seconds(
     return found
 
 
-def critical_path(stages: Mapping[str, float], host: Host) -> float:
+def critical_path(stages: Mapping[str, float], host: Host, waits: bool = False) -> float:
     """Seconds of a build whose stages take these: fewer than their sum, since some overlap.
 
     Prune and export share the disk and the processor. A sweep on a GPU needs neither, so the longer
     of the two counts. A sweep on a CPU leaves nothing to an export that computes; the safetensors
-    are written meanwhile. An export whose types are chosen after a sweep waits for it. With one
-    thread nothing overlaps.
+    are written meanwhile. An export whose types are chosen after a sweep waits for it, and so does
+    one (`waits`) with a recipe that asks how much the importance matrix saw. With one thread
+    nothing overlaps.
     """
     prune, imatrix, export = (stages[name] for name in ("prune", "imatrix", "export"))
     alone = sum(stages.values()) - prune - imatrix - export
     if host.cores == 1:
         return alone + prune + imatrix + export
-    if host.gpu_factor is not None and not stages["fit"]:
+    if host.gpu_factor is not None and not stages["fit"] and not waits:
         return alone + max(imatrix, prune + export)
     return alone + max(imatrix, prune) + export
 
@@ -289,6 +293,27 @@ def _choose(plan: Plan, sizes: Sizes, amount: Amount, host: Host) -> float:
     passing = _scoring(plan, sizes, amount, n_variants, chosen_tokens(amount), host)
     reading = _read_seconds(plan.checkpoint.n_bytes, host)
     return max(passing, reading) + host.speed.python * n_variants * _PASS
+
+
+def _weigh(plan: Plan, sizes: Sizes, amount: Amount, host: Host) -> float:
+    """All numbers of experts through all layers, and the types of each of them."""
+    if not plan.weighs or plan.sized is None:
+        return 0.0
+    n_variants = len(_weighed_variants(plan))
+    passing = _scoring(plan, sizes, amount, n_variants, WEIGHED_TOKENS, host)
+    passing = max(passing, _read_seconds(plan.checkpoint.n_bytes, host))
+    fitting = len(plan.counts) * _fit(plan.sized, host)
+    return passing + host.speed.python * n_variants * _PASS + fitting
+
+
+def _probe(plan: Plan, sizes: Sizes, amount: Amount, host: Host) -> float:
+    """All probes through all layers; the weights that they change are quantized on a processor."""
+    n_probes = 0 if plan.sized is None else plan.sized.n_probes
+    if not n_probes:
+        return 0.0
+    passing = _scoring(plan, sizes, amount, 1 + n_probes, PROBE_TOKENS, host)
+    making = host.speed.quantize_seconds(GGMLQuantizationType.Q3_K, plan.n_parameters)
+    return passing + making / host.parallel + host.speed.python * (1 + n_probes) * _PASS
 
 
 def _scoring(

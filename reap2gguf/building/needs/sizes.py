@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.building.exact import active_parameters, exact_recipes
 from reap2gguf.observing.budget import layer_bytes
+from reap2gguf.observing.linear_attention import has_linear_attention
 
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
@@ -35,8 +36,8 @@ class Sizes:
 
     @cached_property
     def has_linear_attention(self) -> bool:
-        """Whether any layer's attention is a Gated DeltaNet."""
-        return any(".linear_attn." in name for name in self._plan.checkpoint.tensors)
+        """Whether any layer's attention is a Gated DeltaNet, or Kimi Delta Attention."""
+        return has_linear_attention(self._plan.checkpoint.tensors)
 
     def layers(self, itemsize: int, on_gpu: bool) -> Mapping[int, int]:
         """Memory of each layer's weights, as a calibration pass holds them."""

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.checkpoint.quantized.finding import Finder
-from reap2gguf.checkpoint.quantized.keys import WRITTEN_AS_BF16, without_quantization
+from reap2gguf.checkpoint.quantized.keys import BLOCKS, WRITTEN_AS_BF16, without_quantization
 from reap2gguf.checkpoint.quantized.settings import read_settings
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.checkpoint.weights import FLOATS
@@ -45,6 +45,12 @@ class Decoding:
     def caveats(self) -> tuple[str, ...]:
         """What a user should know of the values, one sentence each."""
         kinds = ", ".join(sorted({weight.kind for weight in self.weights.values()}))
+        if kinds == BLOCKS and not self.is_written:
+            kept = (
+                f"the source is quantized ({kinds}): what is {kinds} in a GGUF file too has its "
+                "blocks bit for bit, and what is in another type has lost precision twice"
+            )
+            return (kept,)
         twice = (
             f"the source is quantized ({kinds}): GGUF files are made of its decoded values, so "
             "they have lost precision twice"
@@ -60,7 +66,8 @@ class Decoding:
                 found[name] = tensor
             elif name == weight.values:
                 dtype = self.dtype_of(weight)
-                found[weight.name] = StoredTensor(weight.name, dtype, weight.shape)
+                coded = "" if self.is_written else weight.kind
+                found[weight.name] = StoredTensor(weight.name, dtype, weight.shape, coded=coded)
         return found
 
     def parts(self, name: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+BLOCKS = "MXFP4"  # of which a GGUF file may hold the very blocks that a checkpoint has
 # among the caveats of a model whose safetensors are not stored as the source's are
 WRITTEN_AS_BF16 = "the safetensors hold the decoded values of a quantized source, rounded to BF16"
 ADVICE = (

@@ -48,7 +48,7 @@ class Mxfp4Weight(CodedWeight):
         shape = (self.n_columns, self._n_blocks)
         blocks = self._read(stored, self.values, matrix, (*shape, BLOCK_BYTES))[:, first:last]
         exponents = self._read(stored, self.scales, matrix, shape)[:, first:last]
-        self._check(stored, exponents)
+        check_exponents(exponents, stored, self.scales)
         values = np.take(_PAIRS, np.ascontiguousarray(blocks)).view(np.float32)
         powers = np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
         values = (values * powers[..., None]).reshape(self.n_columns, -1)
@@ -62,16 +62,18 @@ class Mxfp4Weight(CodedWeight):
         stored.read_bytes(name, matrix * raw.size, raw.reshape(-1))
         return raw
 
-    def _check(self, stored: Weights, exponents: npt.NDArray[np.uint8]) -> None:
-        most = int(exponents.max(initial=0))
-        if most > _LARGEST:
-            what = "NaN" if most == _NOT_A_NUMBER else "beyond a bfloat16"
-            raise CheckpointError(
-                f"{stored.folder}: scale {self.scales!r} holds {most}, which is {what}, expected "
-                f"at most {_LARGEST}; download the file again, or quantize the model again"
-            )
-
     def codes_of(self, first: int, last: int) -> tuple[int, int]:
         size = self.n_columns * self._n_blocks * BLOCK_BYTES
         begin, end = first // self.rows_per_matrix, -(-last // self.rows_per_matrix)
         return begin * size, (end - begin) * size
+
+
+def check_exponents(exponents: npt.NDArray[np.uint8], stored: Weights, name: str) -> None:
+    """Raise CheckpointError for exponents of which no code makes a bfloat16."""
+    most = int(exponents.max(initial=0))
+    if most > _LARGEST:
+        what = "NaN" if most == _NOT_A_NUMBER else "beyond a bfloat16"
+        raise CheckpointError(
+            f"{stored.folder}: scale {name!r} holds {most}, which is {what}, expected at most "
+            f"{_LARGEST}; download the file again, or quantize the model again"
+        )

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError, UsageError
 from reap2gguf.evaluating.generation.generators import GeneratorOptions, reason_of, token_ids
 from reap2gguf.machine import available_bytes
 from reap2gguf.messages import size
-from reap2gguf.models.loading import whole_class
+from reap2gguf.models.loading import load_whole
 from reap2gguf.observing.compute.by_device import follow_devices
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 
@@ -114,14 +113,7 @@ def _load(folder: Path, device: str) -> Any:
 
     try:
         with _quiet():
-            loader = whole_class(read_json(folder / "config.json"))
-            model: Any = loader.from_pretrained(
-                folder,
-                dtype="auto",
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-            )
+            model = load_whole(folder, dtype="auto", use_safetensors=True)
             model = model.to(device).eval()
             follow_devices(model.modules())
     except Exception as error:

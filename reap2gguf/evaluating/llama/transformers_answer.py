@@ -13,13 +13,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import reap2gguf
-from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError
 from reap2gguf.messages import shown
-from reap2gguf.models.loading import whole_class
+from reap2gguf.models.loading import load_whole
 
 _BOOT = (
     "import sys; sys.path.append(sys.argv[1]); "
@@ -69,14 +67,7 @@ def _greedy(folder: str, prompt: list[int], most: int, threads: int) -> list[int
     from reap2gguf.observing.compute.by_device import follow_devices
 
     torch.set_num_threads(threads)
-    loader = whole_class(read_json(Path(folder) / "config.json"))
-    model: Any = loader.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
+    model = load_whole(Path(folder), dtype=torch.float32, use_safetensors=True)
     follow_devices(model.modules())
     ends = model.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}

@@ -27,10 +27,11 @@ from torch.nn.functional import grouped_mm, linear
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.observing.compute import fused, kernels
 from reap2gguf.observing.compute.crew import Crew, current_slice
-from reap2gguf.observing.compute.gating import activated, first_matrices
+from reap2gguf.observing.compute.gating import activated, first_name
 
 IMPLEMENTATION = "reap2gguf"
 _OBSERVER = "reap2gguf_observer"
+_BIASED_ROWS = 2**13  # that biases are added to at once: each takes a row of memory more
 # `map`, or a map that runs in several threads
 Map = Callable[
     [Callable[[int], tuple[Tensor, Tensor]], Iterable[int]], Iterable[tuple[Tensor, Tensor]]
@@ -92,11 +93,11 @@ def register() -> None:
 def watch(experts: torch.nn.Module, observer: ExpertsObserver) -> None:
     """Show `observer` the routed pairs of an experts module.
 
-    Raises UnsupportedModelError if the experts have biases.
+    Raises UnsupportedModelError for a module that does not say whether its experts have a gate.
     """
-    if not hasattr(experts, "has_gate") or getattr(experts, "has_bias", True):
+    if not hasattr(experts, "has_gate"):
         raise UnsupportedModelError(
-            f"{type(experts).__name__}: experts with biases are not supported"
+            f"{type(experts).__name__}: experts of this kind are not supported"
         )
     setattr(experts, _OBSERVER, observer)
 
@@ -165,13 +166,13 @@ def _all_at_once(
         inputs, places, gates, input_squares = kernels.gather(
             hidden, weights, order, ends, with_squares
         )
-        products = grouped_mm(inputs, first_matrices(self).transpose(-2, -1), offs=ends)
+        products = _grouped(self, first_name(self), inputs, ends)  # (S, 2F)
         if is_swiglu:
             activations, activation_squares = kernels.swiglu(products, ends, with_squares)
         else:
             activations = activated(self, products)
         del products
-    outputs = grouped_mm(activations, self.down_proj.transpose(-2, -1), offs=ends)  # (S, H)
+    outputs = _grouped(self, "down_proj", activations, ends)  # (S, H)
     norms = None
     if observer is not None and observer.wants_norms:
         norms = torch.empty(2, len(order), dtype=torch.float32, device=order.device)
@@ -180,6 +181,30 @@ def _all_at_once(
         squares = input_squares, activation_squares
         observer.see(RoutedPairs(0, inputs, activations, norms, gates, ends, *squares))
     return combined
+
+
+def _grouped(self: Any, name: str, values: Tensor, ends: Tensor) -> Tensor:
+    """Each pair's row of values (S, C) through the matrix of its expert, and the bias if any."""
+    weight = getattr(self, name)
+    found = grouped_mm(values, weight if _is_transposed(self) else weight.mT, offs=ends)
+    if not _has_bias(self):
+        return found
+    biases = getattr(self, f"{name}_bias")
+    numbers = torch.arange(len(found), dtype=ends.dtype, device=ends.device)
+    experts = torch.searchsorted(ends, numbers, right=True)
+    parts = torch.split(found, _BIASED_ROWS), torch.split(experts, _BIASED_ROWS)
+    for some, own in zip(*parts, strict=True):
+        some += biases[own]
+    return found
+
+
+def _is_transposed(self: Any) -> bool:
+    """Whether matrices are (E, in, out), as gpt-oss has them, and not (E, out, in)."""
+    return bool(getattr(self, "is_transposed", False))
+
+
+def _has_bias(self: Any) -> bool:
+    return bool(getattr(self, "has_bias", False))
 
 
 def _one_by_one(
@@ -197,12 +222,17 @@ def _one_by_one(
     limits = [0, *ends.tolist()]
     top_k = weights.shape[-1]
 
+    def product(name: str, expert: int, values: Tensor) -> Tensor:
+        weight = widened(getattr(self, name)[expert])
+        bias = getattr(self, f"{name}_bias")[expert].to(values.dtype) if _has_bias(self) else None
+        return linear(values, weight.T if _is_transposed(self) else weight, bias)
+
     def run(expert: int) -> tuple[Tensor, Tensor]:
         chosen = order[limits[expert] : limits[expert + 1]]
         tokens, gates = chosen // top_k, weights.reshape(-1)[chosen]
         inputs = hidden[tokens]
-        activations = activated(self, linear(inputs, widened(first_matrices(self)[expert])))
-        outputs = linear(activations, widened(self.down_proj[expert]))
+        activations = activated(self, product(first_name(self), expert, inputs))
+        outputs = product("down_proj", expert, activations)
         if observer is not None:
             norms = kernels.norms_of(outputs) if observer.wants_norms else None
             end = torch.tensor([len(chosen)], dtype=torch.int32)

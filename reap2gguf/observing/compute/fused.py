@@ -92,7 +92,10 @@ class _NormKind:
 def _norm_of(module: Any) -> _NormKind | None:
     recipe = _norm_recipe(type(module))  # type: ignore[arg-type]
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    return _NormKind(eps, *recipe) if recipe is not None and isinstance(eps, float) else None
+    # some have no weight, and only divide
+    if recipe is None or not isinstance(eps, float) or getattr(module, "weight", None) is None:
+        return None
+    return _NormKind(eps, *recipe)
 
 
 def _norm(
@@ -391,7 +394,12 @@ _GATES: dict[tuple[type, type], bool] = {}  # one module of each class is tried
 
 
 def is_swiglu(experts: Any) -> bool:
-    """Whether an experts module computes silu(gate) * up, with the gates first."""
+    """Whether an experts module computes silu(gate) * up, with the gates first, and no more.
+
+    Experts with biases, or with matrices (E, in, out), do not; gpt-oss has both, and cuts gates.
+    """
+    if getattr(experts, "has_bias", False) or getattr(experts, "is_transposed", False):
+        return False
     kind = (type(experts), type(experts.act_fn))
     if kind not in _GATES:
         gate_up = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))

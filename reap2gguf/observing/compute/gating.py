@@ -7,9 +7,14 @@ from typing import Any
 from torch import Tensor
 
 
+def first_name(experts: Any) -> str:
+    """The parameter that the experts' inputs are multiplied with: without a gate it is another."""
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
 def first_matrices(experts: Any) -> Tensor:
     """What the experts' inputs are multiplied with: (E, 2F, H), or (E, F, H) without a gate."""
-    weights: Tensor = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    weights: Tensor = getattr(experts, first_name(experts))
     return weights
 
 

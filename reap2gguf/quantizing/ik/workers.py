@@ -17,6 +17,7 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -61,6 +62,14 @@ def library_path() -> Path | None:
 def is_installed() -> bool:
     """Whether ik_llama.cpp's types can be quantized and read here."""
     return library_path() is not None
+
+
+def package_version() -> str:
+    """The version of the package, which decides the bytes of its types; "missing" without it."""
+    try:
+        return version(PACKAGE)
+    except PackageNotFoundError:
+        return "missing"
 
 
 def needs_package(what: str) -> str:

@@ -57,14 +57,18 @@ def test_the_whole_is_the_longest_way_through_its_stages(tiny: Path, tmp_path: P
     shorter = min(needs.stages["prune"], needs.stages["imatrix"])
     assert needs.seconds == pytest.approx(sum(needs.stages.values()) - shorter)
     stages = dict.fromkeys(STAGES, 1.0) | {"prune": 5.0, "imatrix": 20.0, "export": 10.0}
-    stages |= {"fit": 0.0, "repair": 0.0}  # neither was asked for
+    stages |= dict.fromkeys(("fit", "merge", "repair", "weigh"), 0.0)  # none was asked for
     on_gpu = replace(needs.host, gpu_factor=1.0, cores=16)
     assert critical_path(stages, on_gpu) == 7 + 20
     assert critical_path(stages | {"export": 30.0}, on_gpu) == 7 + 5 + 30
+    # a recipe that asks how much the importance matrix saw makes the export wait for all of it
+    assert critical_path(stages, on_gpu, waits=True) == 7 + 20 + 10
     assert critical_path(stages, replace(needs.host, cores=2)) == 7 + 20 + 10
     assert critical_path(stages, replace(needs.host, cores=1)) == sum(stages.values())
     assert [name for name, seconds in needs.stages.items() if not seconds] == [
+        "weigh",
         "choose",
+        "merge",
         "repair",
         "fit",
     ]
@@ -170,7 +174,8 @@ def test_what_is_done_takes_no_time(
     assert needs.reused.stages == ("texts", "observe", "prune", "imatrix")
     nothing = [name for name, seconds in needs.stages.items() if not seconds]
     # the method was named, and so little text is not measured
-    assert set(nothing) == {*needs.reused.stages, "choose", "repair", "fit", "evaluate"}
+    others = {"weigh", "choose", "merge", "repair", "fit", "evaluate"}
+    assert set(nothing) == {*needs.reused.stages, *others}
     assert needs.seconds < whole.seconds
     assert needs.reused.written_bytes > plan.hf_bytes
     build(tiny, out)

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import NemotronHConfig, Qwen3MoeConfig
+from transformers import GptOssConfig, NemotronHConfig, Qwen3MoeConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.observing.compute import experts as experts_module
+from reap2gguf.observing.compute import fused
 from reap2gguf.observing.compute.experts import (
     RealTokens,
     RoutedPairs,
@@ -113,6 +115,68 @@ def test_outputs_and_pairs(
         begin = end
 
 
+def gpt_oss() -> Any:
+    """Experts with biases, transposed matrices, and rows of gate and up in turn."""
+    config = GptOssConfig(
+        hidden_size=HIDDEN, intermediate_size=WIDTH, num_local_experts=N_EXPERTS,
+        num_experts_per_tok=TOP_K,
+    )  # fmt: skip
+    config._experts_implementation = "eager"
+    torch.manual_seed(1)
+    module = GptOssExperts(config)
+    for name, weight in module.named_parameters():
+        torch.nn.init.normal_(weight, std=4.0 if name == "gate_up_proj_bias" else 0.3)
+    return module.requires_grad_(False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("rows", [7, 2**13])
+def test_experts_with_biases(
+    device: str, way: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A norm is of the output with its bias, before the gate's weight."""
+    _, hidden, chosen, gates = case(device)
+    module = gpt_oss().to(device)
+    with torch.inference_mode():
+        expected = module(hidden, chosen, gates)
+    for name in WAYS:
+        monkeypatch.setattr(experts_module, name, getattr(experts_module, way))
+    monkeypatch.setattr(experts_module, "_BIASED_ROWS", rows)
+    keeper = Keeper(True, None)
+    watch(module, keeper)
+    with torch.inference_mode():
+        found = observed_experts_forward(module, hidden, chosen, gates)
+    close = {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(found, expected, **close)
+    seen, begin = keeper.whole(), 0
+    alone = gpt_oss()
+    for expert in range(N_EXPERTS):
+        token, place = torch.where(chosen.cpu() == expert)
+        end = begin + len(token)
+        inputs, ones = hidden.cpu()[token], torch.ones(len(token), 1)
+        outputs = alone(inputs, torch.full((len(token), 1), expert), ones)
+        norms = torch.stack((outputs.norm(dim=-1), outputs.abs().amax(-1))) if end > begin else 0
+        if end > begin:
+            torch.testing.assert_close(seen["norms"][:, begin:end], norms, **close)
+        assert torch.equal(seen["gates"][begin:end], gates.cpu()[token, place])
+        begin = end
+
+
+def test_biases_may_stay_in_the_type_they_are_stored_in() -> None:
+    _, hidden, chosen, gates = case("cpu")
+    half = gpt_oss().to(torch.bfloat16)
+    with torch.inference_mode():
+        kept = observed_experts_forward(half, hidden, chosen, gates)
+        widened = observed_experts_forward(half.float(), hidden, chosen, gates)
+    assert torch.equal(kept, widened)
+
+
+def test_the_kernel_of_swiglu_is_not_for_a_clamped_one() -> None:
+    assert not fused.is_swiglu(gpt_oss())
+    assert fused.is_swiglu(case("cpu")[0])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("with_squares", [False, True])
@@ -173,8 +237,8 @@ def test_norms_are_computed_only_where_they_are_wanted() -> None:
 
 def test_experts_of_another_kind_are_refused() -> None:
     module, *_ = case("cpu")
-    module.has_bias = True
-    with pytest.raises(UnsupportedModelError, match="Qwen3MoeExperts: experts with biases"):
+    del module.has_gate
+    with pytest.raises(UnsupportedModelError, match="Qwen3MoeExperts: experts of this kind"):
         watch(module, Keeper(False, None))
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import Qwen3MoeConfig
+from transformers.models.gemma4 import modeling_gemma4 as gemma4
+from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as qwen3_5
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeTextConfig
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3
@@ -266,6 +268,31 @@ def test_a_norm_that_computes_something_else_keeps_its_forward() -> None:
     norm = OddRMSNorm(8, 1e-6)
     assert fuse_norms(norm) == 0
     assert norm(torch.ones(1, 8))[0, 0] == pytest.approx(8**-0.5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("dtype", "error"), TYPES)
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_layer_of_gemma4(device: str, dtype: torch.dtype, error: float, index: int) -> None:
+    """Some of its norms have no weight, and keep their code; so do attention, router and layer."""
+    config = Gemma4TextConfig(
+        hidden_size=HIDDEN, num_attention_heads=6, num_key_value_heads=2, head_dim=32,
+        global_head_dim=64, num_global_key_value_heads=1, attention_k_eq_v=True,
+        intermediate_size=64, moe_intermediate_size=32, num_experts=12, top_k_experts=3,
+        enable_moe_block=True, hidden_size_per_layer_input=0, num_hidden_layers=2, vocab_size=64,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    config._attn_implementation, config._experts_implementation = "sdpa", "eager"
+    layer = randomized(gemma4.Gemma4TextDecoderLayer(config, index), device, dtype)
+    hidden, arguments = inputs(device, dtype, 64 if index else 32)
+    with torch.inference_mode():
+        expected = layer(hidden, shared_kv_states={}, **arguments)
+        fuse(layer, Shapes())
+        found = layer(hidden, shared_kv_states={}, **arguments)
+    assert relative(found, expected) < error
+    norms = {name: part for name, part in layer.named_modules() if name.endswith("norm")}
+    plain = {name for name, part in norms.items() if not hasattr(part.forward, "func")}
+    assert plain == {"self_attn.v_norm", "router.norm"}
 
 
 def test_norms_are_distinguished() -> None:
