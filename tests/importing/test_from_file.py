@@ -161,7 +161,7 @@ _FAMILIES = [
 
 @pytest.mark.parametrize("case", _FAMILIES)
 def test_every_family(case: Case, tmp_path: Path) -> None:
-    made = replace(case.tiny, **(_SIZES | WIDE.get(case.architecture, {})))
+    made = replace(case.tiny, **(_SIZES | WIDE.get(case.record, {})))
     model = unquantized(made, tmp_path)
     drawn = random.Random(case.architecture)
     for name in ("Q4_K_M", "IQ2_M", "Q3_K_M"):
