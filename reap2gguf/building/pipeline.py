@@ -27,7 +27,7 @@ their share of the sweeps and leave after the importance matrix.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -101,41 +101,30 @@ def build(plan: Plan, progress: Progress) -> BuildResult | None:
             return _run_stages(run)
 
 
+@dataclass(frozen=True)
+class _Made:
+    """The model that is written, and the stages and figures that led to it."""
+
+    texts: ReadTexts | None
+    observed: Observe | None
+    merged: Merge | None
+    repaired: Repair | None
+    seen: Observations | None  # None where experts are not ranked, or in a later process
+    protected: ProtectedExperts
+    view: PrunedView
+
+
 def _run_stages(run: Run) -> BuildResult | None:
     """All stages in order; no other build of this name is running."""
-    plan = run.plan
     run.check_same_model()
     found = _standing(run) if run.is_first else None
     if run.agree(lambda: found is not None):
         run.dismiss()
         return None if found is None else extend_finished(run, found)
-    if run.is_first:  # the only one that writes files
-        refuse_dropping(plan, run.work)
-        run.plan = plan = with_all_values(plan, run.progress.note)
-    run.room = run.agree(lambda: check_room(plan, run.work, run.progress))
-    if run.is_first:
-        note_quantizers(plan.recipes, plan.weighted, plan.options.compute.device, run.progress)
-
-    texts = run.do(ReadTexts(run)) if plan.reads_texts else None
-    observed = run.do(Observe(run, needed(texts))) if plan.observes else None
-    if plan.weighs:
-        plan = weigh_experts(run, texts, observed)
-    if plan.chooses:
-        plan = choose_method(run, needed(texts), observed)
-    merged = run.do(Merge(run, needed(texts))) if plan.merges else None
-    if merged is not None:
-        kept = merged.result.view.kept
-    else:
-        kept = run.agree(lambda: chosen_experts(run, observations_of(plan, observed)))
-    seen = observations_of(plan, observed) if run.is_first and plan.target.prunes else None
-    protected = protected_of(plan, seen) if run.is_first else ProtectedExperts()
-    if run.is_first:
-        _note_choice(run, seen, kept, protected)
-    pruned = merged.result.view if merged else PrunedView(plan.checkpoint, plan.model, kept)
-    repaired = run.do(Repair(run, pruned, needed(texts))) if plan.repairs else None
-    if repaired is not None:
-        pruned = repaired.result.view
-    importance = importance_of(run, pruned, texts, observed)
+    _prepare(run)
+    made = _smaller_model(run)
+    plan, pruned = run.plan, made.view
+    importance = importance_of(run, pruned, made.texts, made.observed)
     if isinstance(importance, GivenImportance):
         run.agree(importance.check_minimum)
     prune = Prune(run, pruned) if plan.writes_hf else None
@@ -144,32 +133,76 @@ def _run_stages(run: Run) -> BuildResult | None:
     plan = _write_files(run, pruned, importance, prune, export, verify)
     if not run.is_first:
         return None
-    n_chunks = chunks_of(plan, texts.result if texts else None)
+    n_chunks = chunks_of(plan, made.texts.result if made.texts else None)
     evaluate = run.do(Evaluate(run, pruned, export, verify, n_chunks)) if n_chunks else None
+    manifest = write_record(
+        plan, run.work, _evidence(plan, made, importance, verify, evaluate), pruned
+    )
+    run.work.finalize(run.keys.inputs, [asdict(cost) for cost in run.costs])
+    return BuildResult.of(run.work, manifest, run.costs)
 
-    evidence = Evidence(
-        seen,
-        observations_sha256(plan, observed) if plan.target.prunes else "",
+
+def _prepare(run: Run) -> None:
+    """Check that there is room, and read what the plan needs of all values."""
+    if run.is_first:  # the only one that writes files
+        refuse_dropping(run.plan, run.work)
+        run.plan = with_all_values(run.plan, run.progress.note)
+    run.room = run.agree(lambda: check_room(run.plan, run.work, run.progress))
+    if run.is_first:
+        recipes, compute = run.plan.recipes, run.plan.options.compute
+        note_quantizers(recipes, run.plan.weighted, compute.device, run.progress)
+
+
+def _smaller_model(run: Run) -> _Made:
+    """Find the experts that stay, and merge or repair them where that was asked for."""
+    plan = run.plan
+    texts = run.do(ReadTexts(run)) if plan.reads_texts else None
+    observed = run.do(Observe(run, needed(texts))) if plan.observes else None
+    if plan.weighs:
+        plan = weigh_experts(run, texts, observed)
+    if plan.chooses:
+        plan = choose_method(run, needed(texts), observed)
+    merged = run.do(Merge(run, needed(texts))) if plan.merges else None
+    if merged is None:
+        kept = run.agree(lambda: chosen_experts(run, observations_of(plan, observed)))
+        view = PrunedView(plan.checkpoint, plan.model, kept)
+    else:
+        view = merged.result.view
+    seen = observations_of(plan, observed) if run.is_first and plan.target.prunes else None
+    protected = protected_of(plan, seen) if run.is_first else ProtectedExperts()
+    if run.is_first:
+        _note_choice(run, seen, view.kept, protected)
+    repaired = run.do(Repair(run, view, needed(texts))) if plan.repairs else None
+    if repaired is not None:
+        view = repaired.result.view
+    return _Made(texts, observed, merged, repaired, seen, protected, view)
+
+
+def _evidence(
+    plan: Plan,
+    made: _Made,
+    importance: Importance | GivenImportance,
+    verify: Verify,
+    evaluate: Evaluate | None,
+) -> Evidence:
+    """What the record says of how the files were made."""
+    stages = made.texts, made.observed, made.merged, made.repaired, importance
+    return Evidence(
+        made.seen,
+        observations_sha256(plan, made.observed) if plan.target.prunes else "",
         importance.texts,
-        kept,
-        protected,
-        pruned,
+        made.view.kept,
+        made.protected,
+        made.view,
         importance.facts,
         verify.result.passed,
         {**importance.seals, **verify.result.seals},
-        {
-            stage.name: stage.made_with()
-            for stage in (texts, observed, merged, repaired, importance)
-            if stage
-        },
+        {stage.name: stage.made_with() for stage in stages if stage},
         evaluation=evaluate.result if evaluate else None,
-        repair=repaired.record if repaired else None,
-        merge=merged.record if merged else None,
+        repair=made.repaired.record if made.repaired else None,
+        merge=made.merged.record if made.merged else None,
         given=importance.given if isinstance(importance, GivenImportance) else None,
     )
-    manifest = write_record(plan, run.work, evidence, pruned)
-    run.work.finalize(run.keys.inputs, [asdict(cost) for cost in run.costs])
-    return BuildResult.of(run.work, manifest, run.costs)
 
 
 def _standing(run: Run) -> Standing | None:
