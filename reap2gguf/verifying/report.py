@@ -70,7 +70,8 @@ class Findings:
     def reach(self, level: Level, files: Iterable[Path]) -> None:
         """Note that files were compared at a level, if they were not so at a higher one."""
         for file in files:
-            key = f"{file.parent.name}/{file.name}"
+            # a file of the working folder has no parent's name
+            key = f"{file.parent.name}/{file.name}".removeprefix("/")
             self.levels[key] = max(level, self.levels.get(key, Level.NOTHING))
 
     def take(self, violations: Iterator[str], where: str) -> None:

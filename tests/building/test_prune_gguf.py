@@ -287,15 +287,16 @@ def test_pruned_by_the_weights_alone(source: Path, files: Path, tmp_path: Path) 
     assert of_file.kept == of_folder.kept
 
 
-def test_as_it_is_typed(source: Path, tmp_path: Path) -> None:
+def test_as_it_is_typed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "kept.json").write_text(json.dumps({str(k): v for k, v in KEPT.items()}))
     output = tmp_path / "out.gguf"
     result = run("prune", source, "--kept", tmp_path / "kept.json", "-o", output)
     assert result.exit_code == 0, result.output
     assert "keeps 4 of 6 experts per layer" in result.output
-    result = run("verify", output, "--source", source)
+    result = run("verify", "out.gguf", "--source", source)
     assert result.exit_code == 0, result.output
-    assert "exact, every byte made or read again" in result.output
+    assert "exact, every byte made or read again: out.gguf" in result.output
 
 
 def test_a_changed_block_is_found(source: Path, tmp_path: Path) -> None:
