@@ -64,7 +64,34 @@ def test_a_merged_folder_is_verified_by_its_record(model: Path, tmp_path: Path) 
         save_file(tensors, output / "model.safetensors", {"format": "pt"})
         violations = reap2gguf.verify(output, source=str(model)).violations
         assert any(problem in line for line in violations), violations
+        alone = reap2gguf.verify(output).violations
+        assert any(problem in line for line in alone) == ("experts" in part), alone
         (output / "model.safetensors").write_bytes(files["model.safetensors"])
+
+
+def test_a_merged_folder_alone_is_compared_with_its_hashes(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "merged"
+    files = prune(model, output)
+    values = json.loads(files[KEPT_FILE])
+    report = reap2gguf.verify(output)
+    assert not report.violations
+    assert any("compared with the recorded hashes" in line for line in report.not_checked)
+    groups = values["merge"]["layers"]["1"]["groups"]
+    number = next(n for n, group in enumerate(groups) if len(group) > 1)
+    shard = output / "model.safetensors"
+    header = int.from_bytes(files[shard.name][:8], "little")
+    tensors = json.loads(files[shard.name][8 : 8 + header])
+    at = tensors[f"model.layers.1.mlp.experts.{number}.down_proj.weight"]["data_offsets"][0]
+    flipped = bytearray(files[shard.name])
+    flipped[8 + header + at] ^= 1
+    shard.write_bytes(flipped)
+    (line,) = reap2gguf.verify(output).violations
+    assert "the experts of layer 1 is not what the merge gave" in line
+    shard.write_bytes(files[shard.name])
+    del groups[-1]
+    (output / KEPT_FILE).write_text(json.dumps(values))
+    (line,) = reap2gguf.verify(output).violations
+    assert "given layer 1 3 experts, expected 4" in line
 
 
 @pytest.mark.parametrize("layer", [0, 1])
