@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reap2gguf.bundle.layout import MANIFEST_FILE
+from reap2gguf.bundle.layout import KEPT_FILE, MANIFEST_FILE
 from reap2gguf.checkpoint.config import read_json, read_optional
 from reap2gguf.checkpoint.quantized.keys import sections_of
 from reap2gguf.errors import ArtifactError, CheckpointError, Reap2ggufError
@@ -19,7 +19,6 @@ from reap2gguf.files import cached_blob
 from reap2gguf.messages import shown
 from reap2gguf.models.table import describe
 from reap2gguf.pruning.view import PrunedView
-from reap2gguf.pruning.write import KEPT_FILE
 from reap2gguf.verifying.context import PrunedSource
 from reap2gguf.verifying.facts import check_source_facts
 

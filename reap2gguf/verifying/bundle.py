@@ -13,6 +13,7 @@ from reap2gguf.bundle.layout import (
     CALIBRATION_FILE,
     CARD_FILE,
     HF_PICTURES,
+    KEPT_FILE,
     MANIFEST_FILE,
     MODELFILE,
     OBSERVATIONS_FILE,
@@ -27,7 +28,7 @@ from reap2gguf.errors import ArtifactError, UsageError, VerificationError
 from reap2gguf.files import is_own_file
 from reap2gguf.gguf_files.split import first_parts
 from reap2gguf.messages import one_line
-from reap2gguf.pruning.write import KEPT_FILE, companion_files
+from reap2gguf.pruning.write import companion_files
 from reap2gguf.verifying import changed
 from reap2gguf.verifying.context import (
     Check,

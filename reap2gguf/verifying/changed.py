@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from reap2gguf.bundle.layout import KEPT_FILE
 from reap2gguf.bundle.manifest import merge_record, repair_record
 from reap2gguf.bundle.records import MergeRecord, RepairRecord
 from reap2gguf.checkpoint.config import read_json
@@ -18,7 +19,6 @@ from reap2gguf.merging.limits import merged_layers
 from reap2gguf.messages import shown
 from reap2gguf.pruning.layer_files import tensors_sha256
 from reap2gguf.pruning.replaced import ReplacedView
-from reap2gguf.pruning.write import KEPT_FILE
 from reap2gguf.repairing.limits import repaired_layers
 from reap2gguf.verifying.choice import asked_repairs
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 import reap2gguf
 from reap2gguf.building.bundle_options import BundleOptions
 from reap2gguf.building.bundling import bundle
+from reap2gguf.bundle.layout import KEPT_FILE
 from reap2gguf.errors import OutputError, UsageError
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
-from reap2gguf.pruning.write import KEPT_FILE
 from reap2gguf.repairing.record import RepairFolder
 from tests.building.builds import PROSE
 from tests.tiny import TinyQwen3Moe
