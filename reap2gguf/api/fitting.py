@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from reap2gguf.building.given import GivenImatrix
+    from reap2gguf.exporting.header_facts import FileTypes
     from reap2gguf.fitting.fitted import Fitted
     from reap2gguf.fitting.probing import Probing
     from reap2gguf.fitting.solving import Budget
@@ -74,7 +75,7 @@ def fit_recipe(
     from reap2gguf.fitting.errors_table import Cache, Where
     from reap2gguf.fitting.fitted import Named, Problem
     from reap2gguf.fitting.fitted import fit as choose_types
-    from reap2gguf.fitting.solving import Measuring, budget_of
+    from reap2gguf.fitting.solving import Measuring, beyond, budget_of
     from reap2gguf.fitting.target import SizeTarget
     from reap2gguf.quantizing.recipe import check_label
 
@@ -98,6 +99,8 @@ def fit_recipe(
         problem = Problem(tensors, facts, facts.n_experts, read.imatrix.entries)
         header = _header_bytes(opened, output.stem, read)
         budget = budget_of(target, problem, opened.model, header + _room(opened))
+        if line := beyond(target, problem, budget, header):
+            shown.note(line)
         cache = Cache(cached, _key(opened, read))
         measuring = Measuring(opened.checkpoint, read.imatrix, cache, where)
         errors = measuring.errors(problem, budget, shown)
@@ -111,6 +114,8 @@ def fit_recipe(
         found = choose_types(named, problem, errors, budget.types, budget.n_bytes, weights)
         check_label(found.recipe.label, str(output))
         write_whole(output, found.recipe.source)
+        if not _file_types(found).is_weighted:  # then the header says nothing of the matrix
+            header = _header_bytes(opened, output.stem, None)
     return _result(output, found, header, budget)
 
 
@@ -149,13 +154,21 @@ def _probing(
     )
 
 
-def _header_bytes(opened: OpenModel, name: str, given: GivenImatrix) -> int:
+def _header_bytes(opened: OpenModel, name: str, given: GivenImatrix | None) -> int:
     """Bytes before the first tensor, in the file that `quantize` writes with a recipe."""
     from reap2gguf.exporting.header_facts import HeaderNames
     from reap2gguf.fitting.solving import header_bytes
 
     names = HeaderNames(opened.source.short_name)
-    return header_bytes(opened.checkpoint, opened.model, names, name, (given.imatrix, given.file))
+    weighted_by = None if given is None else (given.imatrix, given.file)
+    return header_bytes(opened.checkpoint, opened.model, names, name, weighted_by)
+
+
+def _file_types(found: Fitted) -> FileTypes:
+    from reap2gguf.exporting.header_facts import FileTypes
+
+    resolved = found.resolved
+    return FileTypes(found.recipe.name, resolved.llama_file_type, resolved.tensor_types())
 
 
 def _room(opened: OpenModel) -> int:

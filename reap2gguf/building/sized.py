@@ -26,7 +26,7 @@ from reap2gguf.fitting.fitted import (
     tensor_bytes,
 )
 from reap2gguf.fitting.probing import PROBE_FORMAT, Probing, probes_of
-from reap2gguf.fitting.solving import Budget, Measuring, budget_of, header_bytes
+from reap2gguf.fitting.solving import Budget, Measuring, beyond, budget_of, header_bytes
 from reap2gguf.fitting.target import MEASURED, TABLE
 from reap2gguf.gguf_files.imatrix import load_imatrix
 from reap2gguf.messages import size
@@ -177,6 +177,8 @@ def choose_types(
     problem, (weights, model) = sized.problem(reference, imatrix.entries), reference
     header = header_bytes(weights, model, names, sized.named.name, (imatrix, imatrix_file.name))
     budget = budget_of(sized.target, problem, model, header)
+    if line := beyond(sized.target, problem, budget, header):
+        run.progress.note(line)
     identity = weights.identity if isinstance(weights, PrunedView) else ""
     of = run.keys.pruned_of(kept, identity), file_sha256(imatrix_file), ggml_identity()
     cache = _cache(run, "type-errors", stage_key(FORMAT, *of))

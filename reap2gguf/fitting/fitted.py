@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 32  # of a tensor in a file
 _UNQUANTIZED = ("F32", "F16", "BF16")
+# the one of these whose tensors that no recipe decides about are those of the types that quantize
+_UNQUANTIZED_BASE = "BF16"
 # no choices for any model: MXFP4 and NVFP4 are for experts alone, and three values need training
 _SPECIAL = ("MXFP4_MOE", "NVFP4", "TQ1_0", "TQ2_0")
 _SOME = "Q4_K_M"  # a file type that quantizes, to ask which tensors no recipe decides about
@@ -84,6 +86,14 @@ class Problem:
         """Bytes of all tensors, each in its smallest type."""
         sizes = (
             min(tensor_bytes(tensor, one) for one in self.types_for(tensor, types))
+            for tensor in self.free
+        )
+        return fixed_bytes(self.tensors) + sum(sizes)
+
+    def most_bytes(self, types: Sequence[Type]) -> int:
+        """Bytes of all tensors, each in its largest type."""
+        sizes = (
+            max(tensor_bytes(tensor, one) for one in self.types_for(tensor, types))
             for tensor in self.free
         )
         return fixed_bytes(self.tensors) + sum(sizes)
@@ -215,7 +225,7 @@ def _as_recipe(
 def _nearest(problem: Problem, bits: float) -> str:
     """The file type whose own mixture has the most similar size."""
     return min(
-        _quantizing_mixtures(),
+        [_UNQUANTIZED_BASE, *_quantizing_mixtures()],
         key=lambda name: abs(problem.resolve(load_recipe(name)).bits_per_weight - bits),
     )
 

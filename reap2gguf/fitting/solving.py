@@ -88,6 +88,18 @@ def budget_of(target: SizeTarget, problem: Problem, model: MoeModel, header: int
     return Budget(n_bytes, types, card)
 
 
+def beyond(target: SizeTarget, problem: Problem, budget: Budget, header: int) -> str | None:
+    """What is said of a target that is larger than any file of the model; None if it is not."""
+    most = problem.most_bytes(budget.types)
+    if budget.n_bytes <= most:
+        return None
+    bits = 8 * most / problem.n_weights
+    return (
+        f"{target.words}: the largest file of this model has {size(most + header)} "
+        f"({bits:.2f} bits per weight); nothing is gained above that"
+    )
+
+
 def _too_small(
     target: SizeTarget,
     problem: Problem,

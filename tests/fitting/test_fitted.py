@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from gguf import GGML_QUANT_SIZES, GGUFReader
+from gguf import GGML_QUANT_SIZES, GGUFReader, LlamaFileType
 from gguf import GGMLQuantizationType as Type
 
 import reap2gguf
@@ -21,6 +22,7 @@ from reap2gguf.fitting.sensitivity import sensitivities
 from reap2gguf.fitting.target import SizeTarget
 from reap2gguf.gguf_files.imatrix import save_gguf
 from reap2gguf.models.table import describe
+from reap2gguf.progress import CallbackProgress
 from reap2gguf.quantizing.recipe import load_recipe
 from reap2gguf.quantizing.resolve import resolve
 from tests.exporting.files import gguf_tensors, random_imatrix
@@ -34,14 +36,14 @@ class Model:
     folder: Path
     imatrix: Path
 
-    def fit(self, output: Path, **target: float) -> FitResult:
+    def fit(self, output: Path, **target: Any) -> FitResult:
         return reap2gguf.fit_recipe(
             self.folder,
             output,
             imatrix=self.imatrix,
             threads=1,
             sensitivity="table",
-            **target,  # type: ignore[arg-type]
+            **target,
         )
 
 
@@ -71,6 +73,28 @@ def test_the_file_has_the_size(model: Model, share: float, tmp_path: Path) -> No
     read = {one.name: one.tensor_type.name for one in GGUFReader(tmp_path / "x.gguf").tensors}
     assert read == found.tensor_types
     assert 0 <= found.gap < 0.2
+
+
+def test_a_target_above_the_largest_file_says_so(model: Model, tmp_path: Path) -> None:
+    """All is BF16 then, and so are the file type of the recipe and that of the header."""
+    notes: list[str] = []
+    progress = CallbackProgress(lambda event: notes.append(event.text))
+    whole = sum(path.stat().st_size for path in model.folder.glob("*.safetensors"))
+    found = model.fit(tmp_path / "a.toml", target_size=2 * whole, progress=progress)
+    assert {*found.tensor_types.values()} == {"BF16", "F32"}
+    assert found.file_type == "BF16"
+    assert 'file_type = "BF16"' in found.path.read_text()
+    (line,) = (line for line in notes if "nothing is gained above" in line)
+    assert f"({found.bits_per_weight:.2f} bits per weight)" in line
+    result = reap2gguf.quantize(
+        model.folder, str(found.path), tmp_path / "x.gguf", imatrix=model.imatrix, threads=1
+    )
+    assert result.n_bytes == found.n_bytes
+    keys = GGUFReader(tmp_path / "x.gguf").fields
+    assert keys["general.file_type"].contents() == LlamaFileType.MOSTLY_BF16
+    notes.clear()
+    model.fit(tmp_path / "a.toml", target_size=found.n_bytes, progress=progress)
+    assert not [line for line in notes if "nothing is gained" in line]
 
 
 @pytest.mark.parametrize("file_type", ["Q5_K_M", "Q3_K_M", "IQ2_M"])
