@@ -194,6 +194,11 @@ def weigh_experts(run: Run, texts: ReadTexts | None, observed: Observe | None) -
         f"weigh: {best.n_experts} of {plan.target.n_experts} experts stay, at "
         f"{needed(best.bits_per_weight):.2f} bits per weight"
     )
+    if best.n_experts == plan.target.n_experts and plan.options.repair != "none":
+        run.progress.note(
+            f"--repair {plan.options.repair} is left out: all experts stay, so there is nothing to "
+            "repair"
+        )
     found = run.settle(settled(plan, record, lambda tensors: matrix_for(plan, observed, tensors)))
     if run.is_first and not found.writes_hf:
         run.work.keep_all()

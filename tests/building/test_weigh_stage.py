@@ -232,6 +232,22 @@ def test_where_all_experts_stay_nothing_is_pruned(
     assert not reap2gguf.verify(more.gguf_folder).violations
 
 
+def test_where_all_experts_stay_a_repair_is_left_out_with_a_note(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cheap(self: Weighing, evaluate: Any) -> Any:
+        return {count: (0.0 if count == 8 else 9.0, 0.1) for count in self.choices}
+
+    monkeypatch.setattr(Weighing, "costs", cheap)
+    notes: list[str] = []
+    rows = CalibrationOptions(str(PROSE), samples=20, max_length=64)
+    found = weighed_build(model, tmp_path / "out", notes, calibration=rows, repair="scale")
+    assert found.manifest.pruning.n_kept == 8
+    assert found.manifest.pruning.repair is None
+    (line,) = (line for line in notes if "--repair" in line)
+    assert line.startswith("--repair scale is left out: all experts stay")
+
+
 def test_a_method_is_chosen_at_that_number(model: Path, tmp_path: Path, prefers_six: None) -> None:
     found = weighed_build(
         model,
