@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import reap2gguf
+from reap2gguf.artifacts.observations import Observations
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.gguf_files.imatrix import load_imatrix
@@ -160,6 +162,27 @@ def test_with_a_recipe_it_is_quantized_again(made: Path, tmp_path: Path) -> None
     assert "lost precision\ntwice" in (folder / "README.md").read_text()
     report = reap2gguf.verify(folder, source=made / "Example-Q4_K_M.gguf")
     assert not report.violations
+
+
+def test_observations_of_the_original_are_of_the_bundle(made: Path, tmp_path: Path) -> None:
+    """Their fingerprint is the safetensors'; architecture and tokens must be the file's."""
+    given = tmp_path / "observations.safetensors"
+    asked = options(made, tmp_path)
+    reap2gguf.observe(EXAMPLE, given, calibration=asked.calibration, compute=CPU)
+    reap2gguf.build(options(made, tmp_path, observations=given, name="seen"))
+    folder = tmp_path / "seen-GGUF"
+    source = made / "Example-Q4_K_M.gguf"
+    seen = Observations.load(folder / given.name)
+    assert seen.model_fingerprint != Manifest.load(folder).source.fingerprint
+    assert not reap2gguf.verify(folder, source=source).violations
+    assert not reap2gguf.verify(folder).violations
+    for other, problem in (
+        (replace(seen, architecture="other"), "are of the architecture 'other', expected 'qwen3"),
+        (replace(seen, tokens_sha256="0" * 64), "other tokens than seen-Q4_K_M.gguf"),
+    ):
+        other.save(folder / given.name)
+        found = reap2gguf.verify(folder).violations
+        assert any(problem in one for one in found), found
 
 
 def test_an_importance_matrix_is_cut_with_the_experts(made: Path, tmp_path: Path) -> None:
