@@ -17,6 +17,7 @@ from reap2gguf.gguf_files.imatrix import load_imatrix
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.gguf_source import writing
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
+from reap2gguf.quantizing.recipe import load_recipes
 from reap2gguf.verifying.report import Level
 from tests.exporting.files import export_files, plain, stored
 from tests.gguf_source.files import in_parts
@@ -162,6 +163,20 @@ def test_with_a_recipe_it_is_quantized_again(made: Path, tmp_path: Path) -> None
     assert "lost precision\ntwice" in (folder / "README.md").read_text()
     report = reap2gguf.verify(folder, source=made / "Example-Q4_K_M.gguf")
     assert not report.violations
+
+
+def test_with_the_recipe_of_its_source_it_is_quantized_again(made: Path, tmp_path: Path) -> None:
+    """The headers name the same recipe then; the manifest says that no blocks were copied."""
+    source = tmp_path / "Source-Q4_K_M.gguf"
+    export_files(EXAMPLE, tmp_path, load_recipes(("q4km",), {}))["q4km"].rename(source)
+    more = {"model": str(source), "kept": _kept(made), "recipes": ("q4km",), "name": "four"}
+    reap2gguf.build(options(made, tmp_path, **more))
+    folder = tmp_path / "four-GGUF"
+    (record,) = Manifest.load(folder).gguf
+    headers = map(read_gguf_header, (folder / record.file, source))
+    assert {header.metadata["reap2gguf.recipe"] for header in headers} == {"q4km"}
+    assert not record.adopted
+    assert not reap2gguf.verify(folder, source=source).violations
 
 
 def test_observations_of_the_original_are_of_the_bundle(made: Path, tmp_path: Path) -> None:
