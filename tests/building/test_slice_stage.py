@@ -179,6 +179,20 @@ def test_with_the_recipe_of_its_source_it_is_quantized_again(made: Path, tmp_pat
     assert not reap2gguf.verify(folder, source=source).violations
 
 
+def test_a_bundle_of_a_pruned_file(made: Path, tmp_path: Path) -> None:
+    """Its file says which experts of the original it has, and `verify` expects that."""
+    kept = {layer: list(range(14)) for layer in range(4)}
+    pruned = tmp_path / "Pruned-Q4_K_M.gguf"
+    reap2gguf.prune(made / "Example-Q4_K_M.gguf", None, pruned, kept=kept)
+    reap2gguf.build(options(made, tmp_path, model=str(pruned), kept=_kept(made), name="twice"))
+    folder = tmp_path / "twice-GGUF"
+    (record,) = Manifest.load(folder).gguf
+    keys = read_gguf_header(folder / record.file).metadata
+    assert keys["reap2gguf.original.source"] == "Example-Q4_K_M.gguf"
+    assert not reap2gguf.verify(folder).violations
+    assert not reap2gguf.verify(folder, source=pruned).violations
+
+
 def test_observations_of_the_original_are_of_the_bundle(made: Path, tmp_path: Path) -> None:
     """Their fingerprint is the safetensors'; architecture and tokens must be the file's."""
     given = tmp_path / "observations.safetensors"
