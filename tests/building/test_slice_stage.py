@@ -254,11 +254,24 @@ def test_a_plan(made: Path, tmp_path: Path) -> None:
         ({"compression": 0}, "nothing would change"),
         ({"repair": "ridge"}, "--repair: it makes new weights"),
         ({"dequantize": "bf16"}, "--dequantize: no safetensors"),
+        ({"tensor_types": ("attn_v=Q8_0",)}, "stay as they are, .* pass --recipe too"),
+        ({"labels": {"Q4_K_M": "mine"}}, "--label: without --recipe the blocks"),
     ],
 )
 def test_refused(made: Path, tmp_path: Path, more: dict[str, Any], problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
         reap2gguf.plan(options(made, tmp_path, **more))
+
+
+def test_types_by_role_need_a_recipe(made: Path, tmp_path: Path) -> None:
+    source = made / "Example-Q4_K_M.gguf"
+    text = "--calibration", made / "text.txt", "--max-length", 64
+    asked = "--output", tmp_path, *text, "--set", "experts.down=Q6_K"
+    result = run("plan", source, *asked)
+    assert result.exit_code == 2
+    assert "pass --recipe too" in result.output
+    result = run("plan", source, *asked, "--recipe", "q4km")
+    assert result.exit_code == 0, result.output
 
 
 def test_a_manifest_that_contradicts_itself(sliced: Path, tmp_path: Path) -> None:
