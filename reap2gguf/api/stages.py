@@ -209,7 +209,12 @@ def prune(
 
                 output = prune_to_gguf(opened, view, selection.method, output, shown)
             else:
-                prune_to_folder(checkpoint, opened.model, view, selection.method, *where, change)
+                from reap2gguf.building.history import original_of
+
+                method = selection.method
+                of = opened.source, opened.checkpoint, opened.model.facts, view.kept, method
+                how_made = change, original_of(*of)
+                prune_to_folder(checkpoint, opened.model, view, method, *where, *how_made)
     return PruneResult(output, selection)
 
 

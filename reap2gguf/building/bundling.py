@@ -40,6 +40,7 @@ from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.layout import (
     CALIBRATION_FILE,
     IMATRIX_FILE,
+    KEPT_FILE,
     OBSERVATIONS_FILE,
     side_file,
 )
@@ -68,10 +69,10 @@ from reap2gguf.models.description import Dropped
 from reap2gguf.models.side_values import side_files
 from reap2gguf.models.table import describe
 from reap2gguf.pruning.view import PrunedView
-from reap2gguf.pruning.write import KEPT_FILE, written_names
+from reap2gguf.pruning.write import written_names
 from reap2gguf.quantizing.labels import twice
 from reap2gguf.tokenizer.check import check_tokenizer
-from reap2gguf.verifying.against_source import read_change
+from reap2gguf.verifying.changed import read_change
 from reap2gguf.verifying.gguf_file import ExpectedGguf, check_side_file
 from reap2gguf.verifying.hf_folder import check_pruned
 from reap2gguf.verifying.opening import open_source

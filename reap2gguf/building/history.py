@@ -1,28 +1,34 @@
-"""What was pruned before: a source that this program has made says so in its own manifest.
+"""What was pruned before: a source that this program has made says so in its own record.
 
-The manifest of a source is a stranger's file. It is compared with the source's tensors, and what
-does not fit them is not repeated.
+A bundle has a manifest, a folder of `prune` has `kept_experts.json`. The record of a source is a
+stranger's file. It is compared with the source's tensors, and what does not fit is not repeated.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from reap2gguf.bundle.layout import MANIFEST_FILE
-from reap2gguf.bundle.manifest import EarlierPruning, Manifest
-from reap2gguf.errors import ArtifactError
+from reap2gguf.bundle.bounds import check_kept
+from reap2gguf.bundle.layout import KEPT_FILE, MANIFEST_FILE
+from reap2gguf.bundle.manifest import EarlierPruning, Manifest, earlier_pruning
+from reap2gguf.checkpoint.config import read_json
+from reap2gguf.errors import ArtifactError, CheckpointError
 from reap2gguf.pruning.methods import RECORDED
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.gguf_files.reader import GgufHeader
     from reap2gguf.hub.retry import Note
+    from reap2gguf.hub.source import Source
     from reap2gguf.models.description import ModelFacts
     from reap2gguf.pruning.select import Kept
 
+ORIGINAL = "original"  # the key of the file of `prune`
 _LABEL = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -47,19 +53,21 @@ class History:
 
 
 def read_history(checkpoint: Checkpoint, facts: ModelFacts, note: Note) -> History | None:
-    """What the manifest beside a checkpoint says of earlier prunings; None if nothing.
+    """What the record beside a checkpoint says of earlier prunings; None if nothing.
 
-    A manifest that is broken or does not fit the checkpoint is reported to `note` and ignored.
+    A record that is broken or does not fit the checkpoint is reported to `note` and ignored.
     """
     if checkpoint.gguf is not None:
         return _history_in(checkpoint.gguf, facts, note)
-    path = checkpoint.folder / MANIFEST_FILE
+    manifest, kept = (checkpoint.folder / name for name in (MANIFEST_FILE, KEPT_FILE))
+    path = manifest if manifest.is_file() else kept
     if not path.is_file():
         return None
     try:
-        manifest = Manifest.load(checkpoint.folder)
-        return _history(manifest, checkpoint, facts)
-    except (ArtifactError, ValueError) as error:
+        if path == kept:
+            return _history_of_prune(kept, facts)
+        return _history(Manifest.load(checkpoint.folder), checkpoint, facts)
+    except (ArtifactError, CheckpointError, KeyError, TypeError, ValueError) as error:
         found = str(error).removeprefix(f"{path}: ")
         note(f"{path}: does not fit this checkpoint ({found}); an earlier pruning is not recorded")
         return None
@@ -95,6 +103,31 @@ def _history(manifest: Manifest, checkpoint: Checkpoint, facts: ModelFacts) -> H
     _check(history, methods, facts)
     experts = {layer: history.experts[layer] for layer in facts.moe_layers}
     return History(history.label, history.revision, history.n_experts, methods, experts)
+
+
+def original_of(
+    source: Source, checkpoint: Checkpoint, facts: ModelFacts, kept: Kept, method: str
+) -> EarlierPruning:
+    """What a folder of `prune` records, for the day when it is a source itself."""
+    history = read_history(checkpoint, facts, lambda line: None)
+    if history is None:
+        everything = {layer: range(facts.n_experts) for layer in facts.moe_layers}
+        history = History(source.label, source.revision, facts.n_experts, (), everything)
+    return replace(history, methods=(*history.methods, method)).after(kept)
+
+
+def _history_of_prune(path: Path, facts: ModelFacts) -> History | None:
+    """Raises CheckpointError, KeyError, TypeError or ValueError if it is not this checkpoint's."""
+    values = read_json(path)
+    if values.get(ORIGINAL) is None:
+        return None  # of a version that did not record it
+    found = earlier_pruning(values[ORIGINAL])
+    check_kept("kept of the original", found.kept, found.n_experts)
+    experts = {layer: found.kept.get(layer, ()) for layer in facts.moe_layers}
+    methods = tuple(found.methods)
+    history = History(found.label, found.revision, found.n_experts, methods, experts)
+    _check(history, methods, facts)
+    return history
 
 
 def _history_in(header: GgufHeader, facts: ModelFacts, note: Note) -> History | None:

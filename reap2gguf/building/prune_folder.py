@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.atomic import output_errors, rename, write_whole
+from reap2gguf.building.history import ORIGINAL
 from reap2gguf.bundle.card import short_card
 from reap2gguf.bundle.front_matter import PrunedFrom
-from reap2gguf.bundle.layout import CARD_FILE
+from reap2gguf.bundle.layout import CARD_FILE, KEPT_FILE
 from reap2gguf.errors import VerificationError
 from reap2gguf.machine import available_threads
-from reap2gguf.pruning.write import KEPT_FILE, write_pruned
+from reap2gguf.pruning.write import write_pruned
 from reap2gguf.verifying.hf_folder import check_pruned
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from reap2gguf.bundle.records import MergeRecord, RepairRecord
+    from reap2gguf.bundle.records import EarlierPruning, MergeRecord, RepairRecord
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.progress import Progress
@@ -38,12 +39,13 @@ def prune_to_folder(
     source: str,
     protected: Mapping[int, Sequence[int]] | None = None,
     change: RepairRecord | MergeRecord | None = None,
+    original: EarlierPruning | None = None,
 ) -> None:
     """Write the pruned safetensors and which experts they keep, verify them, name the folder.
 
     `source` is the name of the checkpoint; a short card says it, with the source's licence.
     `protected` are those of the experts that stay whatever they score; `change` is what was done to
-    those of `pruned`: a repair or a merge.
+    those of `pruned`: a repair or a merge. `original` is what the folder's experts come from.
 
     Raises OutputError if the disk refuses, VerificationError if what was written is not what was
     planned.
@@ -60,6 +62,8 @@ def prune_to_folder(
         }
         if protected:
             record["protected"] = {str(k): v for k, v in sorted(protected.items())}
+        if original is not None:
+            record[ORIGINAL] = asdict(original)
         if change is not None:
             record[change.what] = asdict(change)
         write_whole(made / KEPT_FILE, json.dumps(record, indent=1) + "\n")

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.building.given import check_same_model
 from reap2gguf.bundle.bounds import kept_layers
+from reap2gguf.bundle.layout import KEPT_FILE
 from reap2gguf.bundle.manifest import NO_METHOD, hash_file
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import ArtifactError, CheckpointError, UsageError
 from reap2gguf.messages import one_line, shown
 from reap2gguf.pruning.methods import OBSERVED, RECORDED
 from reap2gguf.pruning.select import Target, select_experts
-from reap2gguf.pruning.write import KEPT_FILE
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.checkpoint import Checkpoint

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reap2gguf.bundle.layout import MANIFEST_FILE, folders_of
+from reap2gguf.bundle.layout import KEPT_FILE, MANIFEST_FILE, folders_of
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.errors import ArtifactError, UsageError, VerificationError
 from reap2gguf.files import is_plain
@@ -17,7 +17,6 @@ from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.gguf_files.split import read_whole_header
 from reap2gguf.models.description import is_of_experts
 from reap2gguf.models.gguf_keys import block_of
-from reap2gguf.pruning.write import KEPT_FILE
 from reap2gguf.verifying.against_source import read_kept
 from reap2gguf.verifying.hf_folder import open_folder
 

@@ -140,14 +140,14 @@ def check_bounds(manifest: Manifest) -> None:
     _within("imatrix_unseen", calibration.imatrix_unseen, 0, MAX_EXPERTS_OF_ALL_LAYERS)
     if mtp.state not in MTP_STATES:
         raise ValueError(f"mtp is {shown(mtp.state)}, expected one of {', '.join(MTP_STATES)}")
-    _check_kept("kept", pruning.kept, pruning.n_experts)
+    check_kept("kept", pruning.kept, pruning.n_experts)
     if pruning.repair is not None:
         _check_repair(pruning.repair, pruning.kept)
     if pruning.merge is not None:
         _check_merge(pruning.merge, pruning)
     if (earlier := manifest.source.earlier) is not None:
         _within("n_experts of the original", earlier.n_experts, pruning.n_experts, MAX_EXPERTS)
-        _check_kept("kept of the original", earlier.kept, earlier.n_experts)
+        check_kept("kept of the original", earlier.kept, earlier.n_experts)
     if not manifest.gguf:
         raise ValueError("gguf is empty, expected the record of at least one file")
     for side in manifest.side_files:
@@ -334,7 +334,8 @@ def _lists(values: Mapping[str, Any]) -> Iterator[tuple[str, int, Any]]:
     yield "inputs", MOST_FILES, (values.get("options") or {}).get("inputs", ())
 
 
-def _check_kept(name: str, kept: Mapping[int, Sequence[int]], n_experts: int) -> None:
+def check_kept(name: str, kept: Mapping[int, Sequence[int]], n_experts: int) -> None:
+    """Raises ValueError if an expert is none of `n_experts`."""
     for layer, ids in kept.items():
         if ids and max(ids) >= n_experts:
             raise ValueError(

@@ -25,7 +25,6 @@ from reap2gguf.bundle.card_quality import quality_section
 from reap2gguf.bundle.card_repair import repair_summary
 from reap2gguf.bundle.front_matter import PrunedFrom, as_yaml, new_front_matter, pruned_values
 from reap2gguf.bundle.layout import (
-    MANIFEST_FILE,
     SUMS_FILE,
     gguf_name,
 )
@@ -43,7 +42,7 @@ from reap2gguf.bundle.sampling import read_sampling
 from reap2gguf.bundle.source_card import read_card
 from reap2gguf.messages import parameters, size
 from reap2gguf.models.loading import classes_for_all, classes_of
-from reap2gguf.pruning.methods import GIVEN
+from reap2gguf.pruning.methods import GIVEN, done_by
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import (
@@ -242,10 +241,16 @@ def _earlier(manifest: Manifest) -> str:
     if earlier is None:
         return ""
     original = code(earlier.label + at_revision(earlier.revision))
+    methods = earlier.methods if pruning.merge is None else (*earlier.methods, pruning.method)
+    left = (
+        f"{pruning.n_kept} of these {earlier.n_experts} remain."
+        if done_by(methods) == "pruned"
+        else f"In place of these {earlier.n_experts} there are {pruning.n_kept}, which are not "
+        "all the original's own: some were merged from several."
+    )
     return (
-        f" The source had been pruned before: its own `{MANIFEST_FILE}` names {original} with "
-        f"{earlier.n_experts} experts per layer as the original. {pruning.n_kept} of these "
-        f"{earlier.n_experts} remain."
+        f" The source had been {done_by(earlier.methods)} before: its own record names {original} "
+        f"with {earlier.n_experts} experts per layer as the original. {left}"
     )
 
 

@@ -36,6 +36,7 @@ from reap2gguf.files import is_plain
 GGUF_SUFFIX = "-GGUF"
 CARD_FILE = "README.md"
 MANIFEST_FILE = "reap2gguf.json"
+KEPT_FILE = "kept_experts.json"  # what `prune` on its own leaves beside the weights
 SUMS_FILE = "SHA256SUMS"
 MODELFILE = "Modelfile"
 IMATRIX_FILE = "imatrix.gguf"

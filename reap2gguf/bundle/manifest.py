@@ -211,7 +211,7 @@ def _decode(values: dict[str, Any]) -> Manifest:
             pruning[name] = decode(pruning[name])
     source = dict(values["source"])
     if source.get("earlier") is not None:
-        source["earlier"] = _earlier_pruning(source["earlier"])
+        source["earlier"] = earlier_pruning(source["earlier"])
     if source.get("gguf") is not None:
         source["gguf"] = _record(GgufOrigin, source["gguf"])
     calibration = dict(values["calibration"])
@@ -327,7 +327,8 @@ def _made_with(values: Any) -> dict[str, Mapping[str, str]]:
     return values
 
 
-def _earlier_pruning(values: Mapping[str, Any]) -> EarlierPruning:
+def earlier_pruning(values: Mapping[str, Any]) -> EarlierPruning:
+    """The record of an original from JSON. Raises KeyError, TypeError or ValueError."""
     methods = values["methods"]
     if not isinstance(methods, list) or not all(isinstance(name, str) for name in methods):
         raise TypeError(f"methods is {shown(methods)}, expected a list of names")

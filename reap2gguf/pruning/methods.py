@@ -9,6 +9,7 @@ it, and norm the L2 norm of its output before that weight. p = 0 is the sum, p =
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -72,6 +73,14 @@ def is_from_weights(method: str) -> bool:
 def merges(method: str) -> bool:
     """Whether a method merges experts, and finds in a pass of its own which."""
     return method in MERGING
+
+
+def done_by(methods: Sequence[str]) -> str:
+    """What was done to the experts of a model by these methods, one after another."""
+    merged = [merges(method) for method in methods]
+    if not any(merged):
+        return "pruned"
+    return "merged" if all(merged) else "pruned and merged"
 
 
 def observes_nothing(method: str) -> bool:

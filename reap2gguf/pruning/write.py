@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.atomic import copy_whole, write_whole
-from reap2gguf.bundle.layout import MANIFEST_FILE
+from reap2gguf.bundle.layout import KEPT_FILE, MANIFEST_FILE
 from reap2gguf.checkpoint.companions import Purpose, companions
 from reap2gguf.checkpoint.index import INDEX_NAME
 from reap2gguf.checkpoint.writer import (
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from reap2gguf.progress import Progress
 
 HELD_BYTES = 2**25  # by `write_pruned`: the parts of 16 threads, and those that are hashed
-KEPT_FILE = "kept_experts.json"  # what `prune` on its own leaves beside the weights
 _WRITTEN_HERE = {"config.json", INDEX_NAME, MANIFEST_FILE, KEPT_FILE}
 
 

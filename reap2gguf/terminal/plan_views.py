@@ -15,6 +15,7 @@ from reap2gguf.calibration.spec import DEFAULT_MIX
 from reap2gguf.exporting.quantizers import Quantizers, quantizers_of
 from reap2gguf.gguf_files.imatrix_coverage import FEW
 from reap2gguf.messages import duration, quantity, size
+from reap2gguf.pruning.methods import done_by
 from reap2gguf.pruning.select import friendly_count, is_fused
 from reap2gguf.terminal.imatrix_views import expert_lines
 from reap2gguf.terminal.plan_advice import (
@@ -126,9 +127,10 @@ def _model(plan: Plan) -> Iterator[str]:
         yield "nothing is pruned: no pass to rank experts, and no copy of the safetensors"
     yield from choice_lines(plan)
     if plan.history is not None:
+        of = "of the" if done_by(plan.history.methods) == "pruned" else "in place of the"
         yield (
-            f"the source was pruned before: it has {target.n_experts} of the "
-            f"{plan.history.n_experts} experts of {plan.history.label}"
+            f"the source was {done_by(plan.history.methods)} before: it has {target.n_experts} "
+            f"{of} {plan.history.n_experts} experts of {plan.history.label}"
         )
     yield from expert_count_lines(plan)
     if plan.mtp != "none":

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reap2gguf.bundle.layout import MANIFEST_FILE
-from reap2gguf.bundle.manifest import merge_record, repair_record
+from reap2gguf.bundle.layout import KEPT_FILE, MANIFEST_FILE
 from reap2gguf.checkpoint.config import read_json, read_optional
 from reap2gguf.checkpoint.quantized.keys import sections_of
 from reap2gguf.errors import ArtifactError, CheckpointError, Reap2ggufError
@@ -20,13 +19,11 @@ from reap2gguf.files import cached_blob
 from reap2gguf.messages import shown
 from reap2gguf.models.table import describe
 from reap2gguf.pruning.view import PrunedView
-from reap2gguf.pruning.write import KEPT_FILE
 from reap2gguf.verifying.context import PrunedSource
 from reap2gguf.verifying.facts import check_source_facts
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import Manifest
-    from reap2gguf.bundle.records import MergeRecord, RepairRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.hub.source import Source
     from reap2gguf.pruning.select import Kept
@@ -117,19 +114,6 @@ def read_kept(folder: Path) -> Kept:
     if not isinstance(layers, dict) or not 0 < len(layers) <= _MAX_KEPT_LAYERS:
         raise ArtifactError(f"{path}: kept_experts is {shown(layers)}, expected lists by layer")
     return dict(_layers(path, layers))
-
-
-def read_change(folder: Path) -> RepairRecord | MergeRecord | None:
-    """The repair or merge in `kept_experts.json`; None without one. Raises ArtifactError."""
-    path, name = folder / KEPT_FILE, ""
-    try:
-        values = read_json(path)
-        for name, decode in (("repair", repair_record), ("merge", merge_record)):
-            if values.get(name) is not None:
-                return decode(values[name])
-        return None
-    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{path}: {name} is not a complete record ({shown(error)})") from error
 
 
 def _layers(path: Path, layers: dict[str, object]) -> Iterator[tuple[int, tuple[int, ...]]]:

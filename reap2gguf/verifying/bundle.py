@@ -13,6 +13,7 @@ from reap2gguf.bundle.layout import (
     CALIBRATION_FILE,
     CARD_FILE,
     HF_PICTURES,
+    KEPT_FILE,
     MANIFEST_FILE,
     MODELFILE,
     OBSERVATIONS_FILE,
@@ -27,9 +28,8 @@ from reap2gguf.errors import ArtifactError, UsageError, VerificationError
 from reap2gguf.files import is_own_file
 from reap2gguf.gguf_files.split import first_parts
 from reap2gguf.messages import one_line
-from reap2gguf.pruning.write import KEPT_FILE, companion_files
+from reap2gguf.pruning.write import companion_files
 from reap2gguf.verifying import changed
-from reap2gguf.verifying.against_source import read_change
 from reap2gguf.verifying.context import (
     Check,
     Opened,
@@ -181,7 +181,7 @@ def _check_pruned_folder(
     """A safetensors folder without a manifest: with the source, if its record is there."""
     shards = opened[0].shards
     found.reach(Level.NOTHING, shards)
-    source = strictness.source
+    change, source = changed.take_recorded(folder, opened, found), strictness.source
     if source is None:
         found.take(check_folder(*opened, progress, n_threads), folder.name)
         found.not_checked.append(_NO_SOURCE)
@@ -194,9 +194,7 @@ def _check_pruned_folder(
     pruned = source.pruned_by_record(folder)
     found.violations += pruned.violations
     view = pruned.view
-    if view is not None and (change := read_change(folder)) is not None:
-        found.take(changed.check_changed(change, *opened, True), folder.name)
-        found.not_checked.append(changed.not_repeated(change))
+    if view is not None and change is not None:
         view = changed.with_changed(view, change, opened[0])
     if view is not None:
         found.violations += check_pruned(folder, view, progress, n_threads)

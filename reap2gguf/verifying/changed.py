@@ -9,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from reap2gguf.bundle.layout import KEPT_FILE
+from reap2gguf.bundle.manifest import merge_record, repair_record
 from reap2gguf.bundle.records import MergeRecord, RepairRecord
-from reap2gguf.errors import CheckpointError
+from reap2gguf.checkpoint.config import read_json
+from reap2gguf.errors import ArtifactError, CheckpointError
+from reap2gguf.files import is_own_file
 from reap2gguf.merging.limits import merged_layers
 from reap2gguf.messages import shown
 from reap2gguf.pruning.layer_files import tensors_sha256
@@ -19,10 +23,13 @@ from reap2gguf.repairing.limits import repaired_layers
 from reap2gguf.verifying.choice import asked_repairs
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from reap2gguf.bundle.manifest import Manifest
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.pruning.view import PrunedView
+    from reap2gguf.verifying.report import Findings
 
 Change = RepairRecord | MergeRecord
 
@@ -41,6 +48,34 @@ def needs_folder(change: Change) -> str:
         f"values not compared with the source: the {change.word} weights are not in it; put the "
         "safetensors folder beside the files"
     )
+
+
+def read_change(folder: Path) -> Change | None:
+    """The repair or merge in `kept_experts.json`; None without one. Raises ArtifactError."""
+    path, name = folder / KEPT_FILE, ""
+    try:
+        values = read_json(path)
+        for name, decode in (("repair", repair_record), ("merge", merge_record)):
+            if values.get(name) is not None:
+                return decode(values[name])
+        return None
+    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{path}: {name} is not a complete record ({shown(error)})") from error
+
+
+def take_recorded(
+    folder: Path, opened: tuple[Checkpoint, MoeModel], found: Findings
+) -> Change | None:
+    """Compare the new weights of a folder of `prune` with the hashes that its record has.
+
+    What differs goes to `found`, and what is left undone. None without a record of a repair or a
+    merge. Raises ArtifactError if the record is malformed.
+    """
+    if not is_own_file(folder / KEPT_FILE) or (change := read_change(folder)) is None:
+        return None
+    found.take(check_changed(change, *opened, True), folder.name)
+    found.not_checked.append(not_repeated(change))
+    return change
 
 
 def changed_names(change: Change, checkpoint: Checkpoint, model: MoeModel, layer: int) -> set[str]:
@@ -62,6 +97,14 @@ def check_changed(
     if (found := sorted(change.layers)) != expected:
         yield f"{where}: the {change.what} is of layers {shown(found)}, expected {shown(expected)}"
         return
+    if isinstance(change, MergeRecord):
+        for layer, merged in change.layers.items():
+            if (n_groups := len(merged.groups)) != model.facts.n_experts:
+                yield (
+                    f"{where}: the merge is recorded to have given layer {layer} {n_groups} "
+                    f"experts, expected {model.facts.n_experts}"
+                )
+                return
     n_tensors = 0
     for layer, one in change.layers.items():
         names = changed_names(change, checkpoint, model, layer)

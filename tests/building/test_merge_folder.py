@@ -14,12 +14,15 @@ from transformers import AutoModelForCausalLM
 import reap2gguf
 from reap2gguf.building.bundle_options import BundleOptions
 from reap2gguf.building.bundling import bundle
+from reap2gguf.building.history import read_history
+from reap2gguf.bundle.layout import KEPT_FILE
+from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import OutputError, UsageError
 from reap2gguf.merging.folder import MergeFolder
+from reap2gguf.models.table import describe
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
-from reap2gguf.pruning.write import KEPT_FILE
-from tests.building.builds import PROSE
+from tests.building.builds import PROSE, build
 from tests.tiny import TinyQwen3Moe
 
 CALIBRATION = CalibrationOptions(str(PROSE), samples=12, max_length=64)
@@ -64,7 +67,34 @@ def test_a_merged_folder_is_verified_by_its_record(model: Path, tmp_path: Path) 
         save_file(tensors, output / "model.safetensors", {"format": "pt"})
         violations = reap2gguf.verify(output, source=str(model)).violations
         assert any(problem in line for line in violations), violations
+        alone = reap2gguf.verify(output).violations
+        assert any(problem in line for line in alone) == ("experts" in part), alone
         (output / "model.safetensors").write_bytes(files["model.safetensors"])
+
+
+def test_a_merged_folder_alone_is_compared_with_its_hashes(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "merged"
+    files = prune(model, output)
+    values = json.loads(files[KEPT_FILE])
+    report = reap2gguf.verify(output)
+    assert not report.violations
+    assert any("compared with the recorded hashes" in line for line in report.not_checked)
+    groups = values["merge"]["layers"]["1"]["groups"]
+    number = next(n for n, group in enumerate(groups) if len(group) > 1)
+    shard = output / "model.safetensors"
+    header = int.from_bytes(files[shard.name][:8], "little")
+    tensors = json.loads(files[shard.name][8 : 8 + header])
+    at = tensors[f"model.layers.1.mlp.experts.{number}.down_proj.weight"]["data_offsets"][0]
+    flipped = bytearray(files[shard.name])
+    flipped[8 + header + at] ^= 1
+    shard.write_bytes(flipped)
+    (line,) = reap2gguf.verify(output).violations
+    assert "the experts of layer 1 is not what the merge gave" in line
+    shard.write_bytes(files[shard.name])
+    del groups[-1]
+    (output / KEPT_FILE).write_text(json.dumps(values))
+    (line,) = reap2gguf.verify(output).violations
+    assert "given layer 1 3 experts, expected 4" in line
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -97,6 +127,36 @@ def test_the_experts_of_a_merge_are_a_list_that_prune_takes(model: Path, tmp_pat
     found = json.loads((again / KEPT_FILE).read_text())
     assert found["kept_experts"] == json.loads(files[KEPT_FILE])["kept_experts"]
     assert "merge" not in found
+
+
+def test_a_build_of_a_merged_folder_says_so(model: Path, tmp_path: Path) -> None:
+    prune(model, tmp_path / "merged")
+    result = build(tmp_path / "merged", tmp_path / "out", keep_experts=3)
+    earlier = result.manifest.source.earlier
+    assert earlier is not None
+    assert (earlier.label, earlier.n_experts, earlier.methods) == ("tiny", 8, ("ream",))
+    kept = json.loads((tmp_path / "merged" / KEPT_FILE).read_text())["kept_experts"]
+    own = result.manifest.pruning.kept
+    assert earlier.kept == {
+        layer: tuple(kept[str(layer)][expert] for expert in ids) for layer, ids in own.items()
+    }
+    card = (result.hf_folder / "README.md").read_text()
+    assert "had been merged before: its own record names `tiny` with 8 experts" in card
+    assert "In place of these 8 there are 3" in card
+    assert "of these 8 remain" not in card
+    assert not reap2gguf.verify(result.gguf_folder).violations
+    # a second generation of `prune` names the first original; a record that does not fit, nothing
+    reap2gguf.prune(tmp_path / "merged", None, tmp_path / "again", keep_experts=2, method="aimer")
+    values = json.loads((tmp_path / "again" / KEPT_FILE).read_text())
+    assert (values["original"]["label"], values["original"]["n_experts"]) == ("tiny", 8)
+    assert values["original"]["methods"] == ["ream", "aimer"]
+    for change in ({"n_experts": 1}, {"label": "[a](b)"}, {"kept": {}}, {"methods": 3}, {"x": 1}):
+        broken = {**values, "original": {**values["original"], **change}}
+        (tmp_path / "again" / KEPT_FILE).write_text(json.dumps(broken))
+        notes: list[str] = []
+        with Checkpoint.open(tmp_path / "again") as checkpoint:
+            assert read_history(checkpoint, describe(checkpoint).facts, notes.append) is None
+        assert "does not fit this checkpoint" in notes[0]
 
 
 def test_what_cannot_be_merged_is_refused(model: Path, tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 import reap2gguf
 from reap2gguf.building.bundle_options import BundleOptions
 from reap2gguf.building.bundling import bundle
+from reap2gguf.bundle.layout import KEPT_FILE
 from reap2gguf.errors import OutputError, UsageError
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
-from reap2gguf.pruning.write import KEPT_FILE
 from reap2gguf.repairing.record import RepairFolder
 from tests.building.builds import PROSE
 from tests.tiny import TinyQwen3Moe
@@ -61,6 +61,8 @@ def test_a_repaired_folder_is_verified_by_its_record(
     save_file(tensors, output / "model.safetensors", {"format": "pt"})
     violations = reap2gguf.verify(output, source=str(model)).violations
     assert any("is not what the repair gave" in line for line in violations)
+    (violation,) = reap2gguf.verify(output).violations  # the record's hashes are enough
+    assert "is not what the repair gave" in violation
 
 
 @pytest.mark.parametrize("layer", [0, 1])
