@@ -57,6 +57,12 @@ def check_gguf_options(
             "twice; without --recipe its blocks stay as they are"
         )
         return
+    if options.tensor_types or options.labels:
+        how = "--set or --tensor-type" if options.tensor_types else "--label"
+        raise UsageError(
+            f"{how}: without --recipe the blocks of {checkpoint.gguf.path} stay as they are, in "
+            f"its types and under its label; pass --recipe too, or leave {how} out"
+        )
     if not target.prunes:
         raise UsageError(
             f"{checkpoint.gguf.path}: all experts are kept, in the types that the file has: "
@@ -64,9 +70,7 @@ def check_gguf_options(
         )
 
 
-def as_stored(
-    checkpoint: Checkpoint, tensors: Sequence[GgufTensor], options: BuildOptions
-) -> ResolvedRecipe:
+def as_stored(checkpoint: Checkpoint, tensors: Sequence[GgufTensor]) -> ResolvedRecipe:
     """The types of a GGUF file, for the tensors of the pruned model."""
     header = checkpoint.gguf
     assert header is not None
@@ -74,8 +78,6 @@ def as_stored(
     label = hub_label(header.path.name.rpartition(":")[2]) or file_type
     title = f"The types of {header.path.name.rpartition(':')[2]}, block for block"
     recipe = Recipe(NAME, title, label, file_type, (), "")
-    if (asked := dict(options.labels).get(NAME)) is not None:
-        recipe = recipe.with_label(asked)
     table = [ResolvedTensor(one, header.tensors[one.name].tensor_type, None) for one in tensors]
     return ResolvedRecipe(recipe, tuple(table))
 
@@ -99,7 +101,7 @@ def recipes_of(
 ) -> tuple[ResolvedRecipe, ...]:
     """The recipes with the types of all tensors; of a GGUF file that is sliced, its own types."""
     if is_sliced(options, checkpoint):
-        return (as_stored(checkpoint, tensors, options),)
+        return (as_stored(checkpoint, tensors),)
     return tuple(
         resolve(recipe, tensors, model.facts, target.n_kept, has_imatrix=True) for recipe in asked
     )

@@ -30,10 +30,14 @@ Role = Literal[
 ]
 ROLES: tuple[Role, ...] = get_args(Role)
 _NONE: Mapping[int, Role] = {}
-_OUTSIDE: dict[str, Role] = {"token_embd": "embedding", "output": "output"}
+_OUTSIDE: dict[str, Role] = {
+    "token_embd": "embedding",
+    "output": "output",
+    "rope_freqs": "attention",
+}
 # the first that fits, of what follows `blk.N.`
 _INSIDE: dict[str, Role] = {
-    r"\w*norm(_\w+)?\.": "norms",
+    r"\w*norm(_\w+)?\.|layer_output_scale": "norms",
     r"ssm_|time_mix": "DeltaNet",
     r"shortconv\.": "convolution",
     r"ffn_\w+_(sh|ch)exps?\b": "shared expert",

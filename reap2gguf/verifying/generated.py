@@ -13,12 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gguf import Keys
+
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.bundle.layout import CARD_FILE, GGUF_SUFFIX, gguf_name
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.bundle.sampling import read_sampling
 from reap2gguf.errors import ArtifactError
 from reap2gguf.files import is_own_file
+from reap2gguf.gguf_files.split import read_whole_header
+from reap2gguf.messages import shown
+from reap2gguf.tokenizer.identity import tokens_of_header
 from reap2gguf.verifying.differences import compare_text, where_of
 
 if TYPE_CHECKING:
@@ -164,7 +169,10 @@ def check_observations(manifest: Manifest, path: Path) -> Iterator[str]:
         yield str(error)
         return
     if seen.model_fingerprint != manifest.source.fingerprint:
-        yield f"{where} are of another checkpoint than the manifest's source"
+        if manifest.source.gguf is None or pruning.observations_file is None:
+            yield f"{where} are of another checkpoint than the manifest's source"
+        else:  # given ones may be of what the GGUF source was made from
+            yield from _not_alike(seen, manifest, path)
     for name in ("n_rows", "n_tokens", "n_dropped_rows"):
         found, expected = getattr(seen, name), getattr(pruning, name)
         if found != expected:
@@ -172,6 +180,27 @@ def check_observations(manifest: Manifest, path: Path) -> Iterator[str]:
     for layer in sorted(pruning.kept):
         if layer not in seen.layers or len(seen.layers[layer].count) != pruning.n_experts:
             yield f"{where}: layer {layer} does not have {pruning.n_experts} experts"
+
+
+def _not_alike(seen: Observations, manifest: Manifest, path: Path) -> Iterator[str]:
+    """What tells that observations are not of the original of a GGUF source.
+
+    Architecture and tokens are compared with the first GGUF file beside them, as far as both say.
+    """
+    file = next((path.with_name(record.first) for record in manifest.gguf), None)
+    if file is None or not is_own_file(file):
+        return  # that it is missing has been reported
+    try:
+        header = read_whole_header(file)
+    except ArtifactError:
+        return  # it has been reported with the file's own check
+    expected = header.metadata.get(Keys.General.ARCHITECTURE)
+    if seen.architecture and seen.architecture != expected:
+        found = shown(seen.architecture)
+        yield f"{where_of(path)} are of the architecture {found}, expected {shown(expected)}"
+    tokens = tokens_of_header(header)
+    if tokens and seen.tokens_sha256 not in ("", tokens):
+        yield f"{where_of(path)} are of a model with other tokens than {file.name}"
 
 
 def _read(path: Path) -> str | None:

@@ -51,6 +51,10 @@ _FREE: Mapping[str, Kind] = {
     "reap2gguf.recipe": _STRING,
     "reap2gguf.source_expert_count": _UINT32,
     "reap2gguf.kept_experts": (GGUFValueType.ARRAY, GGUFValueType.INT32),
+    # of a source that was pruned before
+    "reap2gguf.original.source": _STRING,
+    "reap2gguf.original.expert_count": _UINT32,
+    "reap2gguf.original.kept_experts": (GGUFValueType.ARRAY, GGUFValueType.INT32),
     "quantize.imatrix.file": _STRING,
     "quantize.imatrix.dataset": _STRING,
     "quantize.imatrix.entries_count": _UINT32,

@@ -54,7 +54,8 @@ def verify_sliced(
 def is_sliced_of(reference: tuple[Weights, object] | None, header: GgufHeader | None) -> bool:
     """Whether a file says that it was sliced, and the GGUF file that it was sliced from is there.
 
-    One with a recipe was quantized again.
+    One with another recipe than that file was quantized again. One with the same may have been,
+    too: the manifest of a bundle tells.
     """
     source = None if reference is None else reference[0].gguf
     if source is None or header is None or _KEPT not in header.metadata:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import reap2gguf
+from reap2gguf.artifacts.observations import Observations
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.gguf_files.imatrix import load_imatrix
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.gguf_source import writing
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
+from reap2gguf.quantizing.recipe import load_recipes
 from reap2gguf.verifying.report import Level
 from tests.exporting.files import export_files, plain, stored
 from tests.gguf_source.files import in_parts
@@ -162,6 +165,55 @@ def test_with_a_recipe_it_is_quantized_again(made: Path, tmp_path: Path) -> None
     assert not report.violations
 
 
+def test_with_the_recipe_of_its_source_it_is_quantized_again(made: Path, tmp_path: Path) -> None:
+    """The headers name the same recipe then; the manifest says that no blocks were copied."""
+    source = tmp_path / "Source-Q4_K_M.gguf"
+    export_files(EXAMPLE, tmp_path, load_recipes(("q4km",), {}))["q4km"].rename(source)
+    more = {"model": str(source), "kept": _kept(made), "recipes": ("q4km",), "name": "four"}
+    reap2gguf.build(options(made, tmp_path, **more))
+    folder = tmp_path / "four-GGUF"
+    (record,) = Manifest.load(folder).gguf
+    headers = map(read_gguf_header, (folder / record.file, source))
+    assert {header.metadata["reap2gguf.recipe"] for header in headers} == {"q4km"}
+    assert not record.adopted
+    assert not reap2gguf.verify(folder, source=source).violations
+
+
+def test_a_bundle_of_a_pruned_file(made: Path, tmp_path: Path) -> None:
+    """Its file says which experts of the original it has, and `verify` expects that."""
+    kept = {layer: list(range(14)) for layer in range(4)}
+    pruned = tmp_path / "Pruned-Q4_K_M.gguf"
+    reap2gguf.prune(made / "Example-Q4_K_M.gguf", None, pruned, kept=kept)
+    reap2gguf.build(options(made, tmp_path, model=str(pruned), kept=_kept(made), name="twice"))
+    folder = tmp_path / "twice-GGUF"
+    (record,) = Manifest.load(folder).gguf
+    keys = read_gguf_header(folder / record.file).metadata
+    assert keys["reap2gguf.original.source"] == "Example-Q4_K_M.gguf"
+    assert not reap2gguf.verify(folder).violations
+    assert not reap2gguf.verify(folder, source=pruned).violations
+
+
+def test_observations_of_the_original_are_of_the_bundle(made: Path, tmp_path: Path) -> None:
+    """Their fingerprint is the safetensors'; architecture and tokens must be the file's."""
+    given = tmp_path / "observations.safetensors"
+    asked = options(made, tmp_path)
+    reap2gguf.observe(EXAMPLE, given, calibration=asked.calibration, compute=CPU)
+    reap2gguf.build(options(made, tmp_path, observations=given, name="seen"))
+    folder = tmp_path / "seen-GGUF"
+    source = made / "Example-Q4_K_M.gguf"
+    seen = Observations.load(folder / given.name)
+    assert seen.model_fingerprint != Manifest.load(folder).source.fingerprint
+    assert not reap2gguf.verify(folder, source=source).violations
+    assert not reap2gguf.verify(folder).violations
+    for other, problem in (
+        (replace(seen, architecture="other"), "are of the architecture 'other', expected 'qwen3"),
+        (replace(seen, tokens_sha256="0" * 64), "other tokens than seen-Q4_K_M.gguf"),
+    ):
+        other.save(folder / given.name)
+        found = reap2gguf.verify(folder).violations
+        assert any(problem in one for one in found), found
+
+
 def test_an_importance_matrix_is_cut_with_the_experts(made: Path, tmp_path: Path) -> None:
     reap2gguf.build(options(made, tmp_path, imatrix_from="source", name="cut"))
     folder = tmp_path / "cut-GGUF"
@@ -202,11 +254,24 @@ def test_a_plan(made: Path, tmp_path: Path) -> None:
         ({"compression": 0}, "nothing would change"),
         ({"repair": "ridge"}, "--repair: it makes new weights"),
         ({"dequantize": "bf16"}, "--dequantize: no safetensors"),
+        ({"tensor_types": ("attn_v=Q8_0",)}, "stay as they are, .* pass --recipe too"),
+        ({"labels": {"Q4_K_M": "mine"}}, "--label: without --recipe the blocks"),
     ],
 )
 def test_refused(made: Path, tmp_path: Path, more: dict[str, Any], problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
         reap2gguf.plan(options(made, tmp_path, **more))
+
+
+def test_types_by_role_need_a_recipe(made: Path, tmp_path: Path) -> None:
+    source = made / "Example-Q4_K_M.gguf"
+    text = "--calibration", made / "text.txt", "--max-length", 64
+    asked = "--output", tmp_path, *text, "--set", "experts.down=Q6_K"
+    result = run("plan", source, *asked)
+    assert result.exit_code == 2
+    assert "pass --recipe too" in result.output
+    result = run("plan", source, *asked, "--recipe", "q4km")
+    assert result.exit_code == 0, result.output
 
 
 def test_a_manifest_that_contradicts_itself(sliced: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -197,11 +198,13 @@ def test_a_process_that_llama_cpp_ends_is_one_line(
 
 def test_a_process_that_is_killed_is_one_line(model: Path) -> None:
     with closing(Engine(model, OPTIONS)) as engine:
-        pieces = engine.pieces([{"role": "user", "content": "Hello"}], GREEDY)
-        next(pieces)
-        os.kill(engine._process._process.pid, signal.SIGKILL)
+        number = engine._process._process.pid
+        os.kill(number, signal.SIGSTOP)  # else it may have said everything before it is killed
+        timer = threading.Timer(0.3, os.kill, (number, signal.SIGKILL))
+        timer.start()
         with pytest.raises(ArtifactError, match=r"llama\.cpp ended .* \(SIGKILL\)"):
-            list(pieces)
+            list(engine.pieces([{"role": "user", "content": "Hello"}], GREEDY))
+        timer.join()
 
 
 class Scripted:

@@ -78,11 +78,12 @@ def test_layers_are_written_as_they_are_read() -> None:
 # every matrix of every family that is stored in another type than F32, and its role
 MATRICES = {
     "attention": "attn_(q|k|v|output|q_a|q_b|kv_a_mqa|kv_b|k_b|v_b)",
-    "deltanet": "attn_qkv|attn_gate|ssm_(alpha|beta|ba|out)",
+    # Kimi's are called as attention's are
+    "deltanet": "attn_(qkv|gate|q|k|v|output)|ssm_(alpha|beta|ba|out|[fg]_[ab])",
     "mamba": "ssm_(in|out)",
     "latent": "ffn_latent_(down|up)",
     "convolution": r"shortconv\.(in|out)_proj",
-    "experts.gate": "ffn_gate_exps",
+    "experts.gate": "ffn_gate_exps|ffn_gate_up_exps",
     "experts.up": "ffn_up_exps",
     "experts.down": "ffn_down_exps",
     "shared_expert": "ffn_(gate|up|down)_shexp",
@@ -117,8 +118,10 @@ def test_each_matrix_of_a_family_has_one_role_word(case: Case) -> None:
 def test_routers_are_found_by_their_role(case: Case) -> None:
     places = spots([tensor.name for tensor in case.model.gguf_tensors(case.stored)])
     routers = {name for name, spot in places.items() if Selector("router").fits(spot)}
-    assert {f"blk.{n}.ffn_gate_inp.weight" for n in case.model.facts.moe_layers} >= {
-        name for name in routers if "gate_inp" in name
+    assert {f"blk.{n}.ffn_gate_inp" for n in case.model.facts.moe_layers} >= {
+        name.rpartition(".")[0]
+        for name in routers
+        if "gate_inp" in name  # weight, bias, scale
     }
     assert routers
 
