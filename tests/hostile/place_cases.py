@@ -180,7 +180,7 @@ ARGUMENTS = [
     *[Case(f"--compression {n}", plan("--compression", n), words) for n, words in (
         ("nan", "--compression nan"), ("inf", "less than 1"), ("-inf", "expected 0 or more"),
         ("1e999", "less than 1"), ("-0.1", "expected 0 or more"), ("1", "less than 1"),
-        ("0.99", "keep at least 2"), ("a\x1b[2J", "not a valid float"))],
+        ("0.99", "keep at least 2"), ("a\x1b[2J", "is neither a number"))],
     *[Case(f"--memory {n}", plan("--memory", n), words) for n, words in (
         ("1e999GB", "is not a size"), ("9" * 400 + "GB", "is too large"), ("-1G", "is not a size"),
         ("nan", "is not a size"), ("999999999999T", "is too large"), ("", "is not a size"),
