@@ -14,7 +14,7 @@ from tests.models.layouts import CASES, Case
         ("token_embd.weight", "embedding"),
         ("output.weight", "output"),
         ("output_norm.weight", "norms"),
-        ("rope_freqs.weight", "other"),
+        ("rope_freqs.weight", "attention"),
         ("v.blk.0.attn_q.weight", "vision"),
         ("mm.0.weight", "vision"),
         ("blk.0.attn_q.weight", "attention"),
