@@ -56,15 +56,7 @@ def add_tokenizer(
     tokenizer = read_tokenizer_json(folder)
     has_file = path.name == "tokenizer.json"
     config = read_optional(folder, "tokenizer_config.json")
-    vocabulary: Vocabulary | SpmVocabulary | GemmaVocabulary
-    if family.sentencepiece and is_sentencepiece(tokenizer):
-        pre, vocabulary = SPM_PRE, read_spm(tokenizer, folder, config, vocab_size)
-    elif family.gemma and is_sentencepiece(tokenizer):
-        check_size(vocab_size, folder)
-        pre, vocabulary = GEMMA, read_gemma(tokenizer, vocab_size, path)
-    else:
-        pre = check_form(tokenizer, path, family.pre_tokenizers)
-        vocabulary = read_vocabulary(tokenizer, vocab_size, path, family.may_overlap)
+    pre, vocabulary = _read(tokenizer, folder, config, vocab_size, family)
     before = added_by_post_processor(tokenizer, path, family.prefix)
     is_spm = isinstance(vocabulary, SpmVocabulary)
     puts_space = isinstance(vocabulary, SpmVocabulary) and vocabulary.space_prefix
@@ -80,15 +72,7 @@ def add_tokenizer(
     writer.add_tokenizer_model("llama" if is_spm else GEMMA if is_gemma else "gpt2")
     if not is_gemma:
         writer.add_tokenizer_pre(pre)
-    writer.add_token_list(vocabulary.tokens)
-    if isinstance(vocabulary, SpmVocabulary):
-        writer.add_token_scores(vocabulary.scores)
-    if is_gemma:
-        writer.add_token_scores([SCORE] * vocab_size)
-        writer.add_add_space_prefix(False)
-    writer.add_token_types(vocabulary.types)
-    if isinstance(vocabulary, Vocabulary) and not has_file:
-        writer.add_token_merges([" ".join(pair) for pair in vocabulary.merges])
+    _add_tokens(writer, vocabulary, has_file)
     try:
         # gguf-py knows where merges and special ids are stored; it prefers other chat templates
         special = SpecialVocab(folder, load_merges=has_file and not is_spm, n_vocab=vocab_size)
@@ -118,6 +102,39 @@ def add_tokenizer(
         raise CheckpointError(f"{folder}: its tokenizer files are broken ({error!r})") from error
     _check_added_ids(writer, before[:1], pre, folder)
     return pre, vocabulary
+
+
+def _read(
+    tokenizer: dict[str, Any],
+    folder: Path,
+    config: dict[str, Any],
+    vocab_size: int,
+    family: TokenizerFamily,
+) -> tuple[str, Vocabulary | SpmVocabulary | GemmaVocabulary]:
+    """llama.cpp's name of the pre-tokenizer, and the vocabulary of the kind that the family has."""
+    path = tokenizer_path(folder)
+    if family.sentencepiece and is_sentencepiece(tokenizer):
+        return SPM_PRE, read_spm(tokenizer, folder, config, vocab_size)
+    if family.gemma and is_sentencepiece(tokenizer):
+        check_size(vocab_size, folder)
+        return GEMMA, read_gemma(tokenizer, vocab_size, path)
+    pre = check_form(tokenizer, path, family.pre_tokenizers)
+    return pre, read_vocabulary(tokenizer, vocab_size, path, family.may_overlap)
+
+
+def _add_tokens(
+    writer: GGUFWriter, vocabulary: Vocabulary | SpmVocabulary | GemmaVocabulary, has_file: bool
+) -> None:
+    """Add tokens, scores and types, and the merges of a tokenizer that has no tokenizer.json."""
+    writer.add_token_list(vocabulary.tokens)
+    if isinstance(vocabulary, SpmVocabulary):
+        writer.add_token_scores(vocabulary.scores)
+    if isinstance(vocabulary, GemmaVocabulary):
+        writer.add_token_scores([SCORE] * len(vocabulary.tokens))
+        writer.add_add_space_prefix(False)
+    writer.add_token_types(vocabulary.types)
+    if isinstance(vocabulary, Vocabulary) and not has_file:
+        writer.add_token_merges([" ".join(pair) for pair in vocabulary.merges])
 
 
 def _family_ids(
