@@ -5,21 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reap2gguf.artifacts.made_with import COMPUTING, versions
-from reap2gguf.atomic import make_folder, remove
 from reap2gguf.building.merge_record import merge_record_of
+from reap2gguf.building.work_beside import work_beside
 from reap2gguf.merging.folder import MergeFolder, view_of
-from reap2gguf.options import ComputeOptions, Resume
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ObservationRows
     from reap2gguf.bundle.records import MergeRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.contract import MoeModel
+    from reap2gguf.options import ComputeOptions
     from reap2gguf.progress import Progress
     from reap2gguf.pruning.select import Kept, Target
     from reap2gguf.pruning.view import PrunedView
@@ -49,17 +48,14 @@ def merged_beside(
     from reap2gguf.merging.layer import MergeSpec
     from reap2gguf.merging.sweep import merge  # loads torch
 
-    made = folder.with_name(f".{folder.name}.merge")
-    make_folder(made)
-    files = MergeFolder(made / "layers", _key(checkpoint, model, work))
-    resume = Resume(made / "state", files.key, versions(COMPUTING))
-    options = replace(work.compute, scratch=made, resume=resume)
-    spec = MergeSpec(work.method, work.target, work.group_size, work.protected)
-    found = merge(checkpoint, model, work.rows.rows, spec, files, options, progress)
-    with closing(view_of(checkpoint, model, found, files)) as view:
-        how = work.method, work.group_size, model
-        yield view, merge_record_of(*how, work.rows, found, len(view.replaced))
-    remove(made)
+    key = _key(checkpoint, model, work)
+    with work_beside(folder, "merge", key, work.compute) as (layers, options):
+        files = MergeFolder(layers, key)
+        spec = MergeSpec(work.method, work.target, work.group_size, work.protected)
+        found = merge(checkpoint, model, work.rows.rows, spec, files, options, progress)
+        with closing(view_of(checkpoint, model, found, files)) as view:
+            how = work.method, work.group_size, model
+            yield view, merge_record_of(*how, work.rows, found, len(view.replaced))
 
 
 def _key(checkpoint: Checkpoint, model: MoeModel, work: MergeWork) -> str:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from reap2gguf.artifacts.made_with import COMPUTING, versions
-from reap2gguf.atomic import make_folder, remove
 from reap2gguf.building.repair_record import record_of
-from reap2gguf.options import ComputeOptions, Resume
+from reap2gguf.building.work_beside import work_beside
 from reap2gguf.pruning.replaced import ReplacedView
 from reap2gguf.repairing.limits import repaired_layers
 from reap2gguf.repairing.record import RepairFolder
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ObservationRows
     from reap2gguf.bundle.records import RepairRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
+    from reap2gguf.options import ComputeOptions
     from reap2gguf.progress import Progress
     from reap2gguf.pruning.view import PrunedView
     from reap2gguf.repairing.layer import RepairKind
@@ -46,17 +45,13 @@ def repaired_beside(
     """
     from reap2gguf.repairing.sweep import repair  # loads torch
 
-    made = folder.with_name(f".{folder.name}.repair")
-    make_folder(made)
-    files = RepairFolder(made / "layers", _key(pruned, checkpoint, work))
-    resume = Resume(made / "state", files.key, versions(COMPUTING))
-    options = replace(work.compute, scratch=made, resume=resume)
-    kind = cast("RepairKind", work.kind)
-    found = repair(pruned, work.rows.rows, kind, files, options, progress)
-    view = ReplacedView(pruned, files.open(repaired_layers(pruned.model)))
-    with closing(view):
-        yield view, record_of(work.kind, work.rows, found, len(view.replaced))
-    remove(made)
+    key = _key(pruned, checkpoint, work)
+    with work_beside(folder, "repair", key, work.compute) as (layers, options):
+        files, kind = RepairFolder(layers, key), cast("RepairKind", work.kind)
+        found = repair(pruned, work.rows.rows, kind, files, options, progress)
+        view = ReplacedView(pruned, files.open(repaired_layers(pruned.model)))
+        with closing(view):
+            yield view, record_of(work.kind, work.rows, found, len(view.replaced))
 
 
 def _key(pruned: PrunedView, checkpoint: Checkpoint, work: RepairWork) -> str:
