@@ -104,7 +104,7 @@ class BuildLog:
                 self._file = None
 
     def _open(self) -> int:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):  # the first build of this name
             if self.path.lstat().st_size > MOST_BYTES:
                 rename(self.path, self.path.with_name(f"{self.path.name}.1"))
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
