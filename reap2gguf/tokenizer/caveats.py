@@ -36,6 +36,12 @@ BOS_CAVEAT = (
     "tokenizer.json puts no <bos> before a text and leaves that to chat templates; llama.cpp puts "
     "it before every text, and so do calibration and evaluation"
 )
+NO_BOS_CAVEAT = (
+    "tokenizer_config.json asks for bos_token before each text and tokenizer.json puts none there; "
+    "transformers 5, llama.cpp's converter, calibration and GGUF follow tokenizer.json, and chat "
+    "templates write it; for other texts start llama.cpp's programs with --override-kv "
+    "tokenizer.ggml.add_bos_token=bool:true"
+)
 RANKS_CAVEAT = (
     f"the tokenizer is a {RANKS_FILE}, which transformers reads with Python code of the source: "
     "copy its tokenization_*.py into the pruned checkpoint to load the tokenizer there"
@@ -108,6 +114,8 @@ def tokenizer_caveats(
         return (*found, *_end_caveats(folder, vocabulary.tokens, ends))
     if vocabulary.hides_ordinary:
         found.append(ORDINARY_CAVEAT)
+    if _asks_for_bos_in_vain(folder):
+        found.append(NO_BOS_CAVEAT)
     name = _class_in_transformers(read_optional(folder, "config.json"), folder)
     own = _OWN_SPLITTING.get(name)
     how = f"like {own}" if own else "in a way that is not known here"
@@ -118,6 +126,13 @@ def tokenizer_caveats(
             "that was saved by mistake, use the one of the base model"
         )
     return (*found, *_end_caveats(folder, vocabulary.tokens, ends))
+
+
+def _asks_for_bos_in_vain(folder: Path) -> bool:
+    settings = read_optional(folder, "tokenizer_config.json")
+    if settings.get("add_bos_token") is not True or settings.get("bos_token") is None:
+        return False
+    return not added_by_post_processor(read_tokenizer_json(folder), tokenizer_path(folder))
 
 
 def _puts_two_tokens(folder: Path) -> bool:
