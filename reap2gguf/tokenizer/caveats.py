@@ -36,6 +36,12 @@ BOS_CAVEAT = (
     "tokenizer.json puts no <bos> before a text and leaves that to chat templates; llama.cpp puts "
     "it before every text, and so do calibration and evaluation"
 )
+NO_BOS_CAVEAT = (
+    "tokenizer_config.json asks for bos_token before each text and tokenizer.json puts none there; "
+    "transformers 5, llama.cpp's converter, calibration and GGUF follow tokenizer.json, and chat "
+    "templates write it; for other texts start llama.cpp's programs with --override-kv "
+    "tokenizer.ggml.add_bos_token=bool:true"
+)
 RANKS_CAVEAT = (
     f"the tokenizer is a {RANKS_FILE}, which transformers reads with Python code of the source: "
     "copy its tokenization_*.py into the pruned checkpoint to load the tokenizer there"
@@ -117,6 +123,8 @@ def _bpe_caveats(folder: Path, pre: str, vocabulary: Vocabulary) -> Iterator[str
         return  # no class of transformers is built from it
     if vocabulary.hides_ordinary:
         yield ORDINARY_CAVEAT
+    if _asks_for_bos_in_vain(folder):
+        yield NO_BOS_CAVEAT
     yield from _class_caveats(folder, pre)
 
 
@@ -131,6 +139,13 @@ def _class_caveats(folder: Path, pre: str) -> Iterator[str]:
             f"tokenizer.json splits it like {pre}; calibration and GGUF follow tokenizer.json; if "
             "that was saved by mistake, use the one of the base model"
         )
+
+
+def _asks_for_bos_in_vain(folder: Path) -> bool:
+    settings = read_optional(folder, "tokenizer_config.json")
+    if settings.get("add_bos_token") is not True or settings.get("bos_token") is None:
+        return False
+    return not added_by_post_processor(read_tokenizer_json(folder), tokenizer_path(folder))
 
 
 def _puts_two_tokens(folder: Path) -> bool:
