@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import Row
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.models.contract import MoeModel
+    from reap2gguf.observing.compute.ranks import Ranks
     from reap2gguf.observing.observer import LayerObserver
     from reap2gguf.options import ComputeOptions
     from reap2gguf.progress import Progress, Task
@@ -98,14 +99,7 @@ def sweep(
     """
     started = time.monotonic()
     ranks = join()
-    device, dtype = resolve_device(options)
-    where = f"{device.type} in {str(dtype).removeprefix('torch.')}"
-    ranks.check_same("the device", where, "pass --device and --dtype on all machines")
-    n_threads = max(1, options.threads // ranks.on_machine)
-    if device.type == "cuda":
-        torch.set_num_threads(n_threads)  # on a CPU the decoder's crew sets them
-    connect_on(ranks, device)
-    limit_gpu_memory(device, options.memory)
+    device, dtype, n_threads = _where_to_compute(ranks, options)
     observer.use(device)
     peers = host_peers(ranks, device)
     decoder = StreamedDecoder(weights, model, dtype, device, n_threads, peers)
@@ -127,6 +121,24 @@ def sweep(
     if note := waiting_note(title, waited, time.monotonic() - started):
         progress.note(note)
     return SweepReport(len(rows), n_tokens, len(rows) - n_left, hits, tried, waited)
+
+
+def _where_to_compute(
+    ranks: Ranks, options: ComputeOptions
+) -> tuple[torch.device, torch.dtype, int]:
+    """The device, the type and the number of threads, the same in all processes.
+
+    Raises PeerError if they differ.
+    """
+    device, dtype = resolve_device(options)
+    where = f"{device.type} in {str(dtype).removeprefix('torch.')}"
+    ranks.check_same("the device", where, "pass --device and --dtype on all machines")
+    n_threads = max(1, options.threads // ranks.on_machine)
+    if device.type == "cuda":
+        torch.set_num_threads(n_threads)  # on a CPU the decoder's crew sets them
+    connect_on(ranks, device)
+    limit_gpu_memory(device, options.memory)
+    return device, dtype, n_threads
 
 
 @contextmanager
