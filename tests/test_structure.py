@@ -51,11 +51,6 @@ COVERED_BY = [
         ("building/sized.py", "terminal/target_views.py"),
     ),
     (
-        "fitting/test_fitted.py",
-        "budgets, and what is refused before anything is measured",
-        ("fitting/solving.py",),
-    ),
-    (
         "models/test_nemotron_h.py",
         "headers of the whole family",
         ("models/nemotron_from_gguf.py",),
