@@ -27,6 +27,7 @@ MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 
 # Modules without a test file of their own name: the file that tests them, why there, and which.
 COVERED_BY = [
+    ("terminal/test_plan_views.py", "what JSON holds of a plan", ("terminal/plan_json.py",)),
     ("building/test_repair_folder.py", "a repair that was killed", ("building/work_beside.py",)),
     (
         "models/test_qwen_vision.py",
@@ -48,11 +49,6 @@ COVERED_BY = [
         "building/test_fit_stage.py",
         "a build of a file for a size, from its plan to its bytes",
         ("building/sized.py", "terminal/target_views.py"),
-    ),
-    (
-        "fitting/test_fitted.py",
-        "budgets, and what is refused before anything is measured",
-        ("fitting/solving.py",),
     ),
     (
         "models/test_nemotron_h.py",

@@ -55,18 +55,9 @@ def prune_to_folder(
     with output_errors(folder):
         made.mkdir()  # with the permissions that the user's umask gives to folders
     try:
-        kept, threads = pruned.kept, available_threads()
+        threads = available_threads()
         write_pruned(pruned, made, progress, n_threads=threads)
-        record: dict[str, Any] = {
-            "method": method,
-            "kept_experts": {str(k): v for k, v in sorted(kept.items())},
-        }
-        if protected:
-            record["protected"] = {str(k): v for k, v in sorted(protected.items())}
-        if original is not None:
-            record[ORIGINAL] = asdict(original)
-        if change is not None:
-            record[change.what] = asdict(change)
+        record = _record(pruned, method, protected, change, original)
         write_whole(made / KEPT_FILE, json.dumps(record, indent=1) + "\n")
         has_vision = bool(model.side_files(checkpoint.folder, checkpoint.tensors))
         about = PrunedFrom(
@@ -83,5 +74,26 @@ def prune_to_folder(
             raise VerificationError(violations)
         rename(made, folder)
     except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)  # the error that is being raised says more
         raise
+
+
+def _record(
+    pruned: PrunedView,
+    method: str,
+    protected: Mapping[int, Sequence[int]] | None,
+    change: RepairRecord | MergeRecord | None,
+    original: EarlierPruning | None,
+) -> dict[str, Any]:
+    """What KEPT_FILE says of a folder."""
+    record: dict[str, Any] = {
+        "method": method,
+        "kept_experts": {str(k): v for k, v in sorted(pruned.kept.items())},
+    }
+    if protected:
+        record["protected"] = {str(k): v for k, v in sorted(protected.items())}
+    if original is not None:
+        record[ORIGINAL] = asdict(original)
+    if change is not None:
+        record[change.what] = asdict(change)
+    return record

@@ -134,28 +134,32 @@ def _quantiles(facts: ReportFacts, evaluation: Evaluation) -> list[Html]:
         return []
     title = "KL divergence, quantiles over tokens"
     values = [v for _, one in found for v in (*_values(one.divergence), one.divergence.maximum)]
-    rows = [
-        DotRow(
-            f"{facts.label(one.variant)}, {damage_title(facts, kind)}",
-            [
-                Dot(value, None, kind, _quantile_tip(facts, kind, one, label, value))
-                for label, value in zip(
-                    ("median", "90 %", "99 %", "99.9 %"), _values(one.divergence), strict=True
-                )
-            ]
-            + [
-                Dot(
-                    one.divergence.maximum,
-                    None,
-                    f"{kind} hollow",
-                    _quantile_tip(facts, kind, one, "maximum", one.divergence.maximum),
-                )
-            ],
-            f"max {plain(one.divergence.maximum, 3)}",
-            is_joined=True,
-        )
-        for kind, one in found
+    rows = [_quantile_row(facts, kind, one) for kind, one in found]
+    return [
+        figure(
+            "quantiles",
+            title,
+            dot_rows(title, rows, log_scale(values), "nats"),
+            note="From left to right: median, 90 %, 99 %, 99.9 %, and the maximum as a ring.",
+        ),
+        _quantile_table(facts, found),
     ]
+
+
+def _quantile_row(facts: ReportFacts, kind: Damage, one: Comparison) -> DotRow:
+    largest = one.divergence.maximum
+    labels = ("median", "90 %", "99 %", "99.9 %")
+    dots = [
+        Dot(value, None, kind, _quantile_tip(facts, kind, one, label, value))
+        for label, value in zip(labels, _values(one.divergence), strict=True)
+    ]
+    tip = _quantile_tip(facts, kind, one, "maximum", largest)
+    dots.append(Dot(largest, None, f"{kind} hollow", tip))
+    name = f"{facts.label(one.variant)}, {damage_title(facts, kind)}"
+    return DotRow(name, dots, f"max {plain(largest, 3)}", is_joined=True)
+
+
+def _quantile_table(facts: ReportFacts, found: Sequence[tuple[Damage, Comparison]]) -> Html:
     columns = [
         Column("variant", is_number=False),
         Column("damage of", is_number=False),
@@ -171,15 +175,7 @@ def _quantiles(facts: ReportFacts, evaluation: Evaluation) -> list[Html]:
         ]
         for kind, one in found
     ]
-    return [
-        figure(
-            "quantiles",
-            title,
-            dot_rows(title, rows, log_scale(values), "nats"),
-            note="From left to right: median, 90 %, 99 %, 99.9 %, and the maximum as a ring.",
-        ),
-        table("Quantiles of the KL divergence, in nats", columns, cells),
-    ]
+    return table("Quantiles of the KL divergence, in nats", columns, cells)
 
 
 def _values(divergence: Divergence) -> list[float]:
