@@ -87,7 +87,7 @@ class GgufCheckpoint(Checkpoint):
         if types <= set(_FULL_TYPES):
             return ()
         bits = _BITS * self.n_bytes / self.n_parameters
-        stored = f"it is read from a GGUF file of {bits:.2f} bits per weight"
+        stored = f"the source is a GGUF file of {bits:.2f} bits per weight"
         return (f"{stored}: its experts are ranked by dequantized weights",)
 
     def fingerprint(self) -> str:

@@ -126,4 +126,4 @@ def passed_file(name: str, n_tensors: int, level: Level) -> str:
 
 def passed_summary(passed: Sequence[str]) -> str:
     """All that a build has verified in a few words, for the card."""
-    return f"{len(passed)} checks passed"
+    return f"{len(passed)} {'check' if len(passed) == 1 else 'checks'} passed"

@@ -49,7 +49,8 @@ def test_a_merged_folder_is_verified_by_its_record(model: Path, tmp_path: Path) 
     assert (record["method"], record["group_size"]) == ("ream", 16)
     groups = record["layers"]["1"]["groups"]
     assert [group[0] for group in groups] == values["kept_experts"]["1"]
-    assert b"merged into some of these" in files["README.md"]
+    assert b"merged the others into those that stay, by REAM" in files["README.md"]
+    assert b"- merged\n" in files["README.md"]
     report = reap2gguf.verify(output, source=str(model))
     assert not report.violations
     assert any("merge of the experts is not computed again" in n for n in report.not_checked)
