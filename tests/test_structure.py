@@ -767,6 +767,33 @@ def test_no_import_cycles() -> None:
     )
 
 
+def layers() -> tuple[list[list[str]], set[str]]:
+    """The rows of docs/architecture.md, and the modules that every row may import."""
+    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = text.split("## Layers\n")[1].split("\n## ")[0]
+    rows = section.split("```text\n")[1].split("\n```")[0].splitlines()
+    anywhere = re.findall(r"`(\w+)/(\w+)\.py`", section)
+    return [row.split(", ") for row in rows], {f"reap2gguf.{a}.{b}" for a, b in anywhere}
+
+
+def test_imports_go_downward() -> None:
+    rows, anywhere = layers()
+    row_of = {part: number for number, row in enumerate(rows) for part in row}
+    parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    named = sorted(part for row in rows for part in row)
+    assert named == sorted(parts - {"__init__", "__main__", "__pycache__"})
+    upward = set()
+    for name, modules in graph().items():
+        for module in modules:
+            of, to = (one.split(".")[1] if "." in one else "" for one in (name, module))
+            if of in row_of and to in row_of and row_of[to] < row_of[of]:
+                upward.add((name, module))
+    wrong = sorted(f"{name} -> {module}" for name, module in upward if module not in anywhere)
+    assert not wrong, f"move what both need to a lower row (docs/architecture.md): {wrong}"
+    idle = sorted(anywhere - {module for _, module in upward})
+    assert not idle, f"no lower row imports these any more; remove them from the list: {idle}"
+
+
 def test_the_longest_chain_of_imports() -> None:
     chain = longest_chain()
     assert len(chain) <= MOST_CHAIN, (

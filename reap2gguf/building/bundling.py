@@ -26,7 +26,6 @@ from reap2gguf.building.adopting import Adopted, adopt
 from reap2gguf.building.bundle_files import BundleFiles
 from reap2gguf.building.finished import Inputs
 from reap2gguf.building.given import GivenImatrix, read_imatrix
-from reap2gguf.building.history import read_history
 from reap2gguf.building.naming import check_given_name
 from reap2gguf.building.pruned_choice import Choice, method_of, observed, protected_in
 from reap2gguf.building.record import (
@@ -68,6 +67,7 @@ from reap2gguf.gguf_files.imatrix import save_both
 from reap2gguf.models.description import Dropped
 from reap2gguf.models.side_values import side_files
 from reap2gguf.models.table import describe
+from reap2gguf.pruning.history import read_history
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import written_names
 from reap2gguf.quantizing.labels import twice

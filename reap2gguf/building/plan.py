@@ -19,11 +19,6 @@ from reap2gguf.building.given import (
     keep_given,
     read_observations,
 )
-from reap2gguf.building.given_kept import (
-    GivenKept,
-    given_kept_of,
-)
-from reap2gguf.building.history import History, read_history
 from reap2gguf.building.naming import bundle_name
 from reap2gguf.building.plan_checks import (
     check_changes,
@@ -59,6 +54,11 @@ from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.models.description import Dropped, SideFile
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
+from reap2gguf.pruning.given_kept import (
+    GivenKept,
+    given_kept_of,
+)
+from reap2gguf.pruning.history import History, read_history
 from reap2gguf.pruning.methods import GIVEN, GROUP_SIZE, METHODS, is_from_weights, merges
 from reap2gguf.quantizing.labels import LabelledFile, label_warnings
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.atomic import output_errors, rename, write_whole
-from reap2gguf.building.history import ORIGINAL
 from reap2gguf.bundle.card import short_card
 from reap2gguf.bundle.front_matter import PrunedFrom, methods_of
 from reap2gguf.bundle.layout import CARD_FILE, KEPT_FILE
 from reap2gguf.bundle.records import MergeRecord, RepairRecord
 from reap2gguf.errors import VerificationError
 from reap2gguf.machine import available_threads
+from reap2gguf.pruning.history import ORIGINAL
 from reap2gguf.pruning.write import write_pruned
 from reap2gguf.verifying.hf_folder import check_pruned
 

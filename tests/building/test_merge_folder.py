@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 import reap2gguf
 from reap2gguf.building.bundle_options import BundleOptions
 from reap2gguf.building.bundling import bundle
-from reap2gguf.building.history import read_history
 from reap2gguf.bundle.layout import KEPT_FILE
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import OutputError, UsageError
@@ -22,6 +21,7 @@ from reap2gguf.merging.folder import MergeFolder
 from reap2gguf.models.table import describe
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
+from reap2gguf.pruning.history import read_history
 from tests.building.builds import PROSE, build
 from tests.tiny import TinyQwen3Moe
 
