@@ -57,13 +57,13 @@ def compare(
     given = models if reference is None else (*models, reference)
     drawn, target = _files_to_write(given, text, picture, output)
     compute = given_or_new("compute", compute, ComputeOptions)
-    shown = to_progress(progress)
+    reports = to_progress(progress)
     with ExitStack() as stack:
-        with working(shown, "Reading headers"):
+        with working(reports, "Reading headers"):
             from reap2gguf.comparing.compared import compared
 
             wanted = None if reference is None else os.fspath(reference)
-            opened = _opened(models, wanted, stack, shown)
+            opened = _opened(models, wanted, stack, reports)
         if not quality:
             result = compared(opened)
         else:
@@ -71,7 +71,7 @@ def compare(
 
             state = None if target is None else target.with_name(f"{target.name}.state")
             asked = Question(text, chunks, chunk, compute, state)
-            result = measure(opened, _reference(opened, wanted), asked, shown)
+            result = measure(opened, _reference(opened, wanted), asked, reports)
     if processes().is_first:
         _write(result, drawn, target)
     return result

@@ -58,13 +58,13 @@ def evaluate(
     check_options(options, target)
     if update and (given or not _is_bundle(model)):
         raise UsageError(f"{model}: not a bundle; update writes into a bundle alone")
-    shown = to_progress(progress)
+    reports = to_progress(progress)
     if update and is_first:
         from reap2gguf.building.measured import check_recordable
 
-        check_recordable(Path(model).expanduser(), compute, shown)
+        check_recordable(Path(model).expanduser(), compute, reports)
     with ExitStack() as stack:
-        opened = _open(stack, model, given, source, follow_links, shown)
+        opened = _open(stack, model, given, source, follow_links, reports)
         found = _measured(opened, options, compute, target)
         if update and is_first:
             _record(Path(model).expanduser(), found, opened, compute)

@@ -18,7 +18,7 @@ from reap2gguf.models.description import is_of_experts
 from reap2gguf.models.roles import spots
 from reap2gguf.quantizing.deciding import fixed_type, refuse_idle_rules, winner
 from reap2gguf.quantizing.file_types import Part
-from reap2gguf.quantizing.mixture import MixtureChooser, fitting, part_of
+from reap2gguf.quantizing.mixture import MixtureChooser, mixture_part, type_that_fits
 
 if TYPE_CHECKING:
     from reap2gguf.models.description import GgufTensor, ModelFacts
@@ -120,7 +120,7 @@ class ResolvedRecipe:
             if entry.tensor_type in NEEDS_IMPORTANCE
             or (
                 entry.tensor_type in of_file_type
-                and part_of(entry.tensor.name) not in (Part.TOKEN_EMBD, Part.OUTPUT)
+                and mixture_part(entry.tensor.name) not in (Part.TOKEN_EMBD, Part.OUTPUT)
             )
         ]
 
@@ -172,7 +172,7 @@ def _resolved(
     if rule is not None:
         wanted = tensor_type = rule.tensor_type
         if rule.fallback:
-            tensor_type = fitting(wanted, tensor.n_columns)
+            tensor_type = type_that_fits(wanted, tensor.n_columns)
         else:
             _check_rows(tensor, rule, recipe)
     elif fixed is not None:

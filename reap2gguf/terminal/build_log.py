@@ -35,7 +35,7 @@ class BuildLog:
     """Lines with date and time, written as they come; threads may share it.
 
     They wait until the build has made its work folder: a build that is refused leaves nothing
-    behind. A log that cannot be written is given up, and the build goes on.
+    behind. A log that cannot be written is given up, and the build continues.
     """
 
     def __init__(self, path: Path) -> None:
