@@ -217,8 +217,8 @@ def _verify_files(paths: Sequence[Path], source: str, progress: Progress) -> Ver
     with open_model(source, progress) as opened:
         if not isinstance(opened.checkpoint, GgufCheckpoint):
             raise UsageError(
-                f"{source}: is no GGUF file, and GGUF files alone are compared with the one that "
-                "they were pruned from; pass a bundle folder, or a safetensors folder and its GGUF "
-                "files"
+                f"{source}: is not a GGUF file; with GGUF files alone, expected the GGUF file that "
+                "they were pruned from; or pass a bundle folder, or a safetensors folder and its "
+                "GGUF files"
             )
         return verify_sliced(paths, opened.checkpoint, progress)
