@@ -6,12 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from reap2gguf.building.as_stored import (
-    check_gguf_options,
-    is_sliced,
-    recipes_of,
-    tokenizer_notes,
-)
+from reap2gguf.building.as_stored import check_gguf_options, is_sliced, recipes_of, tokenizer_notes
 from reap2gguf.building.asked import read_options
 from reap2gguf.building.given import (
     GivenImatrix,
@@ -21,14 +16,12 @@ from reap2gguf.building.given import (
     keep_given,
     read_observations,
 )
-from reap2gguf.building.given_kept import (
-    GivenKept,
-    given_kept_of,
-)
+from reap2gguf.building.given_kept import GivenKept, given_kept_of
 from reap2gguf.building.history import History, read_history
 from reap2gguf.building.naming import bundle_name
 from reap2gguf.building.plan_sides import planned_side_files
 from reap2gguf.building.sized import SizedFile, other_labels, with_sized
+from reap2gguf.building.sliced_files import sliced_files
 from reap2gguf.building.weighed import Opened, asked_target, check_matrix, with_first_experts
 from reap2gguf.bundle.layout import BundleFolders, model_file, side_file
 from reap2gguf.bundle.manifest import NO_METHOD
@@ -63,6 +56,7 @@ from reap2gguf.pruning.protection import check_protection
 from reap2gguf.quantizing.ik.workers import check_installed
 from reap2gguf.quantizing.labels import LabelledFile, label_warnings
 from reap2gguf.quantizing.minimum import check_needed
+from reap2gguf.quantizing.source_blocks import note_blocks
 from reap2gguf.repairing.limits import check_repair
 
 if TYPE_CHECKING:
@@ -213,7 +207,7 @@ class Plan:
     @property
     def n_variants(self) -> int:
         """How many forms of the model an evaluation compares: source, pruned, and every file."""
-        return 1 + self.writes_hf + len(self.recipes)
+        return 1 + (self.target.prunes and not self.slices) + len(self.recipes)
 
     @property
     def writes_hf(self) -> bool:
@@ -273,6 +267,13 @@ class Plan:
     def gguf_name(self, recipe: ResolvedRecipe) -> str:
         return model_file(self.name, recipe.label)
 
+    def file_sizes(self, recipe: ResolvedRecipe) -> list[int]:
+        """Bytes of a file, or of each part: its tensors', with the header where all are copied."""
+        if not self.slices:
+            return [recipe.n_bytes]
+        files = sliced_files(self, self.pruned, self.options.output).files
+        return [file.start.n_bytes for file in files]
+
     def side_name(self, side: SideFile) -> str:
         return side_file(side.prefix, self.name)
 
@@ -330,7 +331,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     options, counts, target = asked_target(options, opened)
     if given_kept is not None:
         target = given_kept.target
-    check_gguf_options(options, checkpoint, target, note)
+    check_gguf_options(options, checkpoint, target)
     if options.repair != "none":
         check_repair(checkpoint, model, target.prunes)
     if options.dequantize and not target.prunes:
@@ -356,6 +357,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     imatrix = given_imatrix(options, model.facts, tensors, observations)
     weighted = pruned.model.weighted_matrices() if imatrix is None else imatrix.imatrix.entries
     sized, recipes = with_sized(options, source.label, name, pruned, weighted, recipes)
+    note_blocks(checkpoint, recipes if sized is None else recipes[:-1], note)
     sides = planned_side_files(model, checkpoint)
     for line in (line for side in sides for line in side.notes):
         note(line)

@@ -170,6 +170,9 @@ def check_bounds(manifest: Manifest) -> None:
         _within("n_shards", manifest.hf.n_shards, 1, MOST_FILES)
     elif pruning.n_kept < pruning.n_experts and manifest.source.gguf is None:
         raise ValueError("hf is null, expected the record of the pruned safetensors")
+    for file in manifest.gguf:
+        most = 0 if manifest.source.gguf is None else len(file.tensors)
+        _within("source_blocks", file.source_blocks, 0, most)
     _check_calibration(calibration)
     if calibration.imatrix_coverage is not None:
         if not manifest.has_imatrix:
