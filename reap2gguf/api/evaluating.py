@@ -18,6 +18,7 @@ from reap2gguf.outputs import drop_states, result_file
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.evaluation import Evaluation
+    from reap2gguf.bundle.manifest import Manifest
     from reap2gguf.evaluating.opening import OpenVariants
     from reap2gguf.progress import Progress
 
@@ -158,5 +159,19 @@ def _open_bundle(
         )
     if bundle.hf is not None:
         opened.folder(bundle.hf)
+    elif _is_quantized(manifest, opened):
+        kept = {layer: tuple(ids) for layer, ids in manifest.pruning.kept.items()}
+        opened.sliced(kept, manifest.pruning.mtp.state != "dropped")
     for record in manifest.gguf:
         opened.gguf(bundle.gguf / record.first, record.file)
+
+
+def _is_quantized(manifest: Manifest, opened: OpenVariants) -> bool:
+    """Whether a bundle without safetensors has files that are not just the source's blocks.
+
+    Then they are compared with the source without the experts that were removed, too.
+    """
+    if manifest.pruning.n_kept == manifest.pruning.n_experts:
+        return False
+    is_sliced = all(one.source_blocks == len(one.tensors) for one in manifest.gguf)
+    return not is_sliced or opened.variants[0].weights.gguf is None

@@ -10,7 +10,7 @@ given            observations and importance matrices of the user; given_alike: 
 plan_sides       side files, such as a vision projector
 sized            a file whose types are chosen for a size
 weighed          a number of experts that is chosen for a size
-as_stored        a GGUF source whose blocks are copied: its types as a recipe
+as_stored        a GGUF source whose blocks are copied: its types as a recipe; sliced_files: sizes
 likeness         the options of an earlier bundle, for --like
 needs/           disk, memory and time
 
@@ -29,6 +29,7 @@ workdir          folders, lock, and the renaming at the end
 keys             hashes of what each stage depends on
 marks            which stages are done; seals: what their files looked like
 finished         what a finished bundle was made from; standing: what of it can stay
+unchanged        which of its files are as the build left them
 
 The record at the end:
 

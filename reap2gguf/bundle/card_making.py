@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from reap2gguf.bundle.card_blocks import blocks_text
 from reap2gguf.bundle.card_calibration import calibration_table
 from reap2gguf.bundle.card_merge import (
     MERGED_WEIGHTS,
@@ -164,15 +165,7 @@ def _what_stays(manifest: Manifest) -> str:
     if manifest.source.gguf is None:
         kept = _what_is_kept(manifest)
         return f"The pruned\nsafetensors {kept}{changed_weights(manifest)}"
-    if all(record.adopted for record in manifest.gguf):
-        return (
-            "All other tensors, and the\nexperts that stay, have the blocks of the source's GGUF "
-            "file, byte for byte: nothing was\nquantized again."
-        )
-    return (
-        "The weights of the source\nwere quantized before: they were dequantized and quantized "
-        f"again, and have lost precision\ntwice.{changed_weights(manifest)}"
-    )
+    return blocks_text(manifest)
 
 
 def _observed(manifest: Manifest) -> str:
@@ -277,6 +270,8 @@ def _which_texts(options: OptionsRecord) -> Iterator[tuple[str, object | None]]:
 
 
 def _from_source(manifest: Manifest) -> str:
+    if manifest.source.gguf is not None:
+        return f"{blocks_text(manifest)}\nOf the experts,"
     if manifest.hf is None:
         return "The GGUF files were made from the weights of the source as they are:"
     return "The safetensors keep the weights of the source byte for byte:"

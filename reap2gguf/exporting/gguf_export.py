@@ -34,6 +34,7 @@ from reap2gguf.exporting.row_ranges import (
     RowRange,
     batches,
     check_imatrix,
+    made_types,
     work_through,
 )
 from reap2gguf.files import is_own_file
@@ -114,10 +115,7 @@ def export_gguf(
     otherwise. Raises ArtifactError if the imatrix does not fit, CheckpointError if a stored value
     is not finite, OutputError if the disk is full or fails.
     """
-    types_of = {
-        tensor.name: {output.header.tensor_types[tensor.name] for output in outputs}
-        for tensor in tensors
-    }
+    types_of = made_types(tensors, [output.header.tensor_types for output in outputs])
     check_imatrix(tensors, types_of, imatrix)
     quantizer = load_quantizer(checked)
     layouts = [lay_out(weights.folder, tensors, output.header) for output in outputs]

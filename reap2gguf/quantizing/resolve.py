@@ -51,6 +51,16 @@ class ResolvedTensor:
         return self.tensor.is_copied_as(self.tensor_type)
 
     @property
+    def is_as_stored(self) -> bool:
+        """Whether they are of a type that stays where one of no fewer bits was meant."""
+        return self.tensor_type is self.tensor.block_type
+
+    @property
+    def is_sliced(self) -> bool:
+        """Whether these are those of a GGUF source."""
+        return self.tensor.is_sliced_as(self.tensor_type)
+
+    @property
     def n_bytes(self) -> int:
         return prod(self.tensor.shape[:-1]) * row_bytes(self.tensor_type, self.tensor.n_columns)
 
@@ -99,6 +109,11 @@ class ResolvedRecipe:
         return 8 * self.n_bytes / sum(prod(entry.tensor.shape) for entry in self.table)
 
     @property
+    def n_sliced(self) -> int:
+        """Tensors that keep the blocks of a GGUF source."""
+        return sum(entry.is_sliced for entry in self.table)
+
+    @property
     def asks_importance(self) -> bool:
         """Whether it asks for a minimum of importance."""
         return any(entry.minimum is not None and entry.minimum.share > 0 for entry in self.table)
@@ -117,10 +132,13 @@ class ResolvedRecipe:
         return [
             entry.tensor.name
             for entry in self.table
-            if entry.tensor_type in NEEDS_IMPORTANCE
-            or (
-                entry.tensor_type in of_file_type
-                and mixture_part(entry.tensor.name) not in (Part.TOKEN_EMBD, Part.OUTPUT)
+            if not entry.is_copied
+            and (
+                entry.tensor_type in NEEDS_IMPORTANCE
+                or (
+                    entry.tensor_type in of_file_type
+                    and mixture_part(entry.tensor.name) not in (Part.TOKEN_EMBD, Part.OUTPUT)
+                )
             )
         ]
 
@@ -212,7 +230,7 @@ def _minimum(
     tensor: GgufTensor, tensor_type: Type, by: Rule | None, recipe: Recipe
 ) -> Minimum | None:
     """What a recipe asks of a tensor's importance; nothing where that changes no byte."""
-    if tensor_type.name in UNWEIGHTED_TYPES:
+    if tensor_type.name in UNWEIGHTED_TYPES or tensor.is_copied_as(tensor_type):
         return None
     if by is not None and by.minimum is not None:
         return by.minimum

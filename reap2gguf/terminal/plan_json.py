@@ -85,7 +85,7 @@ def _file_as_json(plan: Plan, recipe: ResolvedRecipe) -> dict[str, Any]:
         "file": plan.gguf_name(recipe),
         "recipe": recipe.name,
         "file_type": recipe.file_type,
-        "bytes": recipe.n_bytes,
+        "bytes": sum(plan.file_sizes(recipe)),
         "bits_per_weight": round(recipe.bits_per_weight, 4),
         "tensors": {name: one.name for name, one in recipe.tensor_types().items()},
         "fallbacks": {

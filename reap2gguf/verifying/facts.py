@@ -197,6 +197,9 @@ def check_recipe(
             f"{MANIFEST_FILE}: {where}: {shown(name)} is {record.tensors.get(name, 'absent')}, its "
             f"recipe gives {expected.get(name, 'no such tensor')} ({len(names)} such tensors)"
         )
+    yield from _differs(
+        f"{where}: source_blocks", record.source_blocks, resolved.n_sliced, "its recipe"
+    )
     bits = round(resolved.bits_per_weight, 4)
     yield from _differs(f"{where}: bits_per_weight", record.bits_per_weight, bits, "its recipe")
 
