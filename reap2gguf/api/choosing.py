@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
 from reap2gguf.choosing.names import BEST_REPAIRED, check_candidates, criteria_of, split_name
+from reap2gguf.disk.temporary import temporary_folder
 from reap2gguf.machine import processes
 from reap2gguf.options import (
     MTP_CHOICES,
@@ -24,7 +24,7 @@ from reap2gguf.options import (
     check_path,
     given_or_new,
 )
-from reap2gguf.outputs import drop_states, output_file
+from reap2gguf.outputs import claimed, drop_states, output_file
 from reap2gguf.progress import working
 from reap2gguf.pruning.counts import check_counts
 from reap2gguf.pruning.protection import Protection, read_pinned
@@ -79,6 +79,7 @@ def choose(
     protect_super_experts: bool = False,
     compute: ComputeOptions | None = None,
     output: PathLike | None = None,
+    overwrite: bool = False,
     follow_links: bool = False,
     progress: ProgressLike = None,
 ) -> Choice:
@@ -94,7 +95,8 @@ def choose(
     observations and the method, and `build` with the method "auto" does it all.
 
     Raises CalibrationError, ObservationError, EvaluationError, ArtifactError for observations of
-    other rows, UsageError, OutputError, and what opening a model raises.
+    other rows, UsageError, OutputError, also if the output exists and is not to be overwritten, and
+    what opening a model raises.
     """
     check_choice("mtp", mtp, MTP_CHOICES)
     check_counts(keep_experts, compression)
@@ -103,13 +105,15 @@ def choose(
     names, shown = check_candidates(candidates), to_progress(progress)
     compute = given_or_new("compute", compute, ComputeOptions)
     asked = _Asked.of(calibration, text, output, observations)
-    with open_named(model, shown, mtp == "prune", follow_links) as opened:
+    with (
+        open_named(model, shown, mtp == "prune", follow_links) as opened,
+        asked.claimed(opened, overwrite),
+    ):
         from reap2gguf.choosing.candidates import kept_by
         from reap2gguf.choosing.measure import Chooser
         from reap2gguf.pruning.protection import protected_experts
         from reap2gguf.pruning.select import choose_target
 
-        keep_files(opened, asked.outputs, asked.inputs)
         opened.check_tokenizer()
         facts = opened.model.facts
         target = choose_target(facts, keep_experts, compression)
@@ -123,10 +127,10 @@ def choose(
         repairs = split.seen if BEST_REPAIRED in names else None
         record, seconds = asked.chosen(chooser, opened.checkpoint, repairs, compute, shown)
         seconds |= {"observing": observing - begun, "measuring": time.monotonic() - observing}
-    method, is_repaired = split_name(record.chosen)
-    counts = target.n_experts, target.n_kept
-    found = Choice(method, is_repaired, *counts, kept[method], record, seconds)
-    asked.write(found)
+        method, is_repaired = split_name(record.chosen)
+        counts = target.n_experts, target.n_kept
+        found = Choice(method, is_repaired, *counts, kept[method], record, seconds)
+        asked.write(found)
     return found
 
 
@@ -162,9 +166,19 @@ class _Asked:
         made = [None if one is None else _output(one) for one in (output, observations)]
         return cls(decided, files, path, *made)
 
-    @property
-    def outputs(self) -> list[Path]:
-        return [one for one in (self.output, self.observations) if one is not None]
+    @contextmanager
+    def claimed(self, opened: OpenModel, overwrite: bool) -> Iterator[None]:
+        """Keep other processes from writing the output, and what is read from being replaced.
+
+        Raises UsageError or OutputError otherwise. The file of observations may be there: it is
+        used, and written if it is missing.
+        """
+        outputs = [one for one in (self.output, self.observations) if one is not None]
+        keep_files(opened, outputs, self.inputs)
+        seen = self.observations
+        made = [] if seen is None or seen.exists() else [seen]
+        with claimed([self.output], overwrite), claimed(made):
+            yield
 
     @property
     def inputs(self) -> list[Path]:
@@ -265,8 +279,8 @@ class _Asked:
     def _folder(self) -> Iterator[Path]:
         """Where the files of a repair lie: beside the output, so that it resumes, or for now."""
         if self.output is None:
-            with TemporaryDirectory(prefix="reap2gguf-") as folder:
-                yield Path(folder)
+            with temporary_folder() as folder:
+                yield folder
         else:
             yield self.output.with_name(f"{self.output.name}.state-repair")
 

@@ -10,7 +10,7 @@ from reap2gguf.api.opening import PathLike, ProgressLike, to_progress
 from reap2gguf.errors import UsageError
 from reap2gguf.machine import processes
 from reap2gguf.options import ComputeOptions, check_bool, check_number, given_or_new
-from reap2gguf.outputs import drop_states, result_file
+from reap2gguf.outputs import claimed, drop_states, result_file
 from reap2gguf.progress import working
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def compare(
     quality: bool = True,
     picture: PathLike | None = None,
     output: PathLike | None = None,
+    overwrite: bool = False,
     compute: ComputeOptions | None = None,
     progress: ProgressLike = None,
 ) -> ModelComparison:
@@ -44,7 +45,8 @@ def compare(
     names begin with `OUTPUT.state`.
 
     Raises UsageError for a reference that cannot be computed and for an output that is one of the
-    models, OutputError, and what opening a model raises.
+    models, OutputError, also if an output exists and is not to be overwritten, and what opening a
+    model raises.
     """
     check_bool("quality", quality)
     check_number("chunk", chunk, 8)
@@ -61,6 +63,7 @@ def compare(
     compute = given_or_new("compute", compute, ComputeOptions)
     shown = to_progress(progress)
     with ExitStack() as stack:
+        stack.enter_context(claimed([drawn, target], overwrite))
         with working(shown, "Reading headers"):
             from reap2gguf.comparing.compared import compared
             from reap2gguf.comparing.opening import open_all
@@ -78,13 +81,13 @@ def compare(
             state = None if target is None else target.with_name(f"{target.name}.state")
             asked = Question(text, chunks, chunk, compute, state)
             result = measure(opened, _reference(opened, wanted), asked, shown)
-    if drawn is not None and processes().is_first:
-        from reap2gguf.comparing.picture import write_picture
+        if drawn is not None and processes().is_first:
+            from reap2gguf.comparing.picture import write_picture
 
-        write_picture(result, drawn)
-    if target is not None and processes().is_first:
-        result.save(target)
-        drop_states(target)
+            write_picture(result, drawn)
+        if target is not None and processes().is_first:
+            result.save(target)
+            drop_states(target)
     return result
 
 

@@ -15,6 +15,7 @@ from reap2gguf.terminal.click_options import (
     json_option,
     model_argument,
     output_options,
+    overwrite_option,
 )
 from reap2gguf.terminal.compute_options import collect_compute, compute_options, threads_option
 from reap2gguf.terminal.console import say, say_all, say_json, terminal_progress
@@ -47,6 +48,7 @@ from reap2gguf.terminal.pruning_options import (
 @compute_options
 @threads_option
 @option("-o", "--output", section=WRITE, type=FilePath, metavar="FILE", help="JSON file to write.")
+@overwrite_option
 @follow_links_option
 @json_option
 @output_options
@@ -77,7 +79,7 @@ def choose(
     """
     taken = (
         *("keep_experts", "compression", "candidates", "observations", "mtp", "follow_links"),
-        *("protect", "protect_super_experts"),
+        *("protect", "protect_super_experts", "overwrite"),
     )
     found = reap2gguf.choose(
         model,
