@@ -53,7 +53,7 @@ class ReplacedView(PrunedView):
                 )
             ):
                 raise CheckpointError(
-                    f"{replaced.folder}: tensor {name!r} is no tensor of the pruned model, or of "
+                    f"{replaced.shown}: tensor {name!r} is no tensor of the pruned model, or of "
                     "another type or shape there; run the build again with --fresh"
                 )
         self._other = replaced
