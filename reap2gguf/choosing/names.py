@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from reap2gguf.errors import UsageError
+from reap2gguf.errors import ParameterError, UsageError
 from reap2gguf.pruning.methods import METHODS, OBSERVED
 
 AUTO = "auto"  # the best of several methods, by what each costs
@@ -32,7 +32,7 @@ def check_candidates(value: object) -> tuple[str, ...]:
         return CANDIDATES
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, Iterable) or isinstance(parts, bytes):
-        raise UsageError(f"candidates is {value!r}, expected names of methods")
+        raise ParameterError(f"candidates is {value!r}, expected names of methods", "candidates")
     names = [part.strip() if isinstance(part, str) else part for part in parts]
     known = (*OBSERVED, BEST_REPAIRED)
     if names == ["all"]:
@@ -43,7 +43,9 @@ def check_candidates(value: object) -> tuple[str, ...]:
                 f"candidates names {name!r}, expected some of {', '.join(known)}, or all"
             )
     if not set(names) - {BEST_REPAIRED}:
-        raise UsageError("candidates names no criterion, such as reap or weighted_ean_sum")
+        raise ParameterError(
+            "candidates names no criterion, such as reap or weighted_ean_sum", "candidates"
+        )
     named = dict.fromkeys(names)
     criteria = [name for name in named if name != BEST_REPAIRED]
     return (*criteria, BEST_REPAIRED) if BEST_REPAIRED in named else tuple(criteria)
