@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
-from reap2gguf.errors import UsageError
+from reap2gguf.errors import ParameterError, UsageError
 from reap2gguf.fitting.target import DEFAULT_SENSITIVITY, MEASURED, SENSITIVITIES
 from reap2gguf.options import DEVICES, ComputeOptions, check_choice, check_path, check_threads
 from reap2gguf.outputs import claimed, output_file
@@ -86,7 +86,9 @@ def fit_recipe(
         raise UsageError(f"output {output}: the name of a recipe's file must end in .toml")
     target = SizeTarget.of(target_size, target_bpw, fit, fit_context)
     if target is None:
-        raise UsageError("pass a target: target_size, target_bpw or fit")
+        raise ParameterError(
+            "pass a target: target_size, target_bpw or fit", "target_size", "target_bpw", "fit"
+        )
     check_choice("device", device, DEVICES)
     check_choice("sensitivity", sensitivity, SENSITIVITIES)
     where, shown = Where(device, check_threads(threads)), to_progress(progress)
