@@ -23,6 +23,7 @@ imatrix_files     the importance matrix
 gguf_file         one file: gguf_layout, gguf_header, then its values
 gguf_values       rows of all files against the weights, each range read once
 comparison        one file against a range; matrices: how far it may be; device_comparison: on a GPU
+alone             files with nothing to compare them with
 exactness         which types are made again and compared byte for byte
 memory            what that takes
 """
