@@ -36,6 +36,7 @@ COVERED_BY = [
             "quantizing/source_blocks.py",
         ),
     ),
+    ("terminal/test_plan_views.py", "what JSON holds of a plan", ("terminal/plan_json.py",)),
     ("building/test_repair_folder.py", "a repair that was killed", ("building/work_beside.py",)),
     (
         "models/test_qwen_vision.py",
@@ -57,11 +58,6 @@ COVERED_BY = [
         "building/test_fit_stage.py",
         "a build of a file for a size, from its plan to its bytes",
         ("building/sized.py", "terminal/target_views.py"),
-    ),
-    (
-        "fitting/test_fitted.py",
-        "budgets, and what is refused before anything is measured",
-        ("fitting/solving.py",),
     ),
     (
         "models/test_nemotron_h.py",
@@ -778,6 +774,33 @@ def test_no_import_cycles() -> None:
         "modules import each other; move what they share to a lower module: "
         + " -> ".join([*found, *found[:1]])
     )
+
+
+def layers() -> tuple[list[list[str]], set[str]]:
+    """The rows of docs/architecture.md, and the modules that every row may import."""
+    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = text.split("## Layers\n")[1].split("\n## ")[0]
+    rows = section.split("```text\n")[1].split("\n```")[0].splitlines()
+    anywhere = re.findall(r"`(\w+)/(\w+)\.py`", section)
+    return [row.split(", ") for row in rows], {f"reap2gguf.{a}.{b}" for a, b in anywhere}
+
+
+def test_imports_go_downward() -> None:
+    rows, anywhere = layers()
+    row_of = {part: number for number, row in enumerate(rows) for part in row}
+    parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    named = sorted(part for row in rows for part in row)
+    assert named == sorted(parts - {"__init__", "__main__", "__pycache__"})
+    upward = set()
+    for name, modules in graph().items():
+        for module in modules:
+            of, to = (one.split(".")[1] if "." in one else "" for one in (name, module))
+            if of in row_of and to in row_of and row_of[to] < row_of[of]:
+                upward.add((name, module))
+    wrong = sorted(f"{name} -> {module}" for name, module in upward if module not in anywhere)
+    assert not wrong, f"move what both need to a lower row (docs/architecture.md): {wrong}"
+    idle = sorted(anywhere - {module for _, module in upward})
+    assert not idle, f"no lower row imports these any more; remove them from the list: {idle}"
 
 
 def test_the_longest_chain_of_imports() -> None:

@@ -209,7 +209,7 @@ def prune(
 
                 output = prune_to_gguf(opened, view, selection.method, output, shown)
             else:
-                from reap2gguf.building.history import original_of
+                from reap2gguf.pruning.history import original_of
 
                 method = selection.method
                 of = opened.source, opened.checkpoint, opened.model.facts, view.kept, method

@@ -46,7 +46,7 @@ def standing(plan: Plan, keys: BuildKeys, work: Workdir) -> Standing | None:
     try:
         manifest = Manifest.load(work.final_gguf)
     except ArtifactError:
-        return None
+        return None  # removed or damaged: everything is built
     source, pruning = manifest.source, manifest.pruning
     if (source.fingerprint, pruning.n_kept) != (keys.fingerprint, plan.target.n_kept):
         return None  # another bundle has been put there
@@ -74,7 +74,7 @@ def _strays(work: Workdir) -> list[Path]:
     try:
         manifest = Manifest.load(work.final_gguf)
     except ArtifactError:
-        return []
+        return []  # without a manifest nothing tells its files from others
     members = {work.final_gguf: gguf_members(manifest)}
     if work.has_hf:
         members[work.final_hf] = hf_members(manifest)

@@ -134,7 +134,7 @@ class Workdir:
         try:
             return read_json(self.root / _IDENTITY)
         except CheckpointError:
-            return {}
+            return {}  # no build has begun here, or it was killed while it wrote this
 
     def locked(self) -> AbstractContextManager[None]:
         """Keep every other build and push of this name out while the context is open.

@@ -18,7 +18,7 @@ from reap2gguf.models.description import is_of_experts
 from reap2gguf.models.roles import spots
 from reap2gguf.quantizing.deciding import fixed_type, refuse_idle_rules, winner
 from reap2gguf.quantizing.file_types import Part
-from reap2gguf.quantizing.mixture import MixtureChooser, fitting, part_of
+from reap2gguf.quantizing.mixture import MixtureChooser, mixture_part, type_that_fits
 
 if TYPE_CHECKING:
     from reap2gguf.models.description import GgufTensor, ModelFacts
@@ -137,7 +137,7 @@ class ResolvedRecipe:
                 entry.tensor_type in NEEDS_IMPORTANCE
                 or (
                     entry.tensor_type in of_file_type
-                    and part_of(entry.tensor.name) not in (Part.TOKEN_EMBD, Part.OUTPUT)
+                    and mixture_part(entry.tensor.name) not in (Part.TOKEN_EMBD, Part.OUTPUT)
                 )
             )
         ]
@@ -163,39 +163,56 @@ def resolve(
         gqa=facts.gqa,
         has_imatrix=has_imatrix,
     )
-    n_steps = sum(rule.selector.cost for rule in recipe.rules) * len(tensors)
-    if n_steps > _MAX_STEPS:
-        raise RecipeError(
-            f"recipe {recipe.name!r}: {len(recipe.rules):,} rules for {len(tensors):,} tensors, "
-            "too many to match; use fewer rules, with few stars or short regular expressions"
-        )
+    _check_steps(recipe, len(tensors))
     places = spots([tensor.name for tensor in tensors])
     winners: set[int] = set()
     resolved: dict[str, ResolvedTensor] = {}
+    # the mixture's choice for a tensor depends on those before it
     for tensor in sorted(tensors, key=_quantize_order):
-        whole = fixed_type(tensor, recipe)
-        first = winner(recipe, places[tensor.name], whole)
+        fixed = fixed_type(tensor, recipe)
+        first = winner(recipe, places[tensor.name], fixed)
+        rule = None if first is None else recipe.rules[first]
         if first is not None:
             winners.add(first)
-            rule = recipe.rules[first]
-            wanted = rule.tensor_type
-            if rule.fallback:
-                tensor_type = fitting(wanted, tensor.n_columns)
-            else:
-                _check_rows(tensor, rule, recipe)
-                tensor_type = wanted
-            by: Rule | None = rule
-        else:
-            wanted = chooser.choose(tensor) if whole is None else whole
-            tensor_type = chooser.fitted(tensor, wanted) if whole is None else whole
-            by = None
-        if by is None or by.fallback:
-            tensor_type = _kept(tensor, tensor_type)
-        meant = None if wanted is tensor_type else wanted
-        minimum = _minimum(tensor, tensor_type, by, recipe)
-        resolved[tensor.name] = ResolvedTensor(tensor, tensor_type, by, meant, minimum)
+        resolved[tensor.name] = _resolved(tensor, recipe, rule, fixed, chooser)
     refuse_idle_rules(recipe, winners, tensors, places)
     return ResolvedRecipe(recipe, tuple(resolved[tensor.name] for tensor in tensors))
+
+
+def _resolved(
+    tensor: GgufTensor,
+    recipe: Recipe,
+    rule: Rule | None,
+    fixed: Type | None,
+    chooser: MixtureChooser,
+) -> ResolvedTensor:
+    """The type that `rule` gives a tensor; without one, `fixed` or what the mixture chooses."""
+    if rule is not None:
+        wanted = tensor_type = rule.tensor_type
+        if rule.fallback:
+            tensor_type = type_that_fits(wanted, tensor.n_columns)
+        else:
+            _check_rows(tensor, rule, recipe)
+    elif fixed is not None:
+        wanted = tensor_type = fixed
+    else:
+        wanted = chooser.choose(tensor)
+        tensor_type = chooser.fitted(tensor, wanted)
+    if rule is None or rule.fallback:
+        tensor_type = _kept(tensor, tensor_type)
+    meant = None if wanted is tensor_type else wanted
+    minimum = _minimum(tensor, tensor_type, rule, recipe)
+    return ResolvedTensor(tensor, tensor_type, rule, meant, minimum)
+
+
+def _check_steps(recipe: Recipe, n_tensors: int) -> None:
+    """Raise RecipeError for a recipe whose rules would take too long to match."""
+    n_steps = sum(rule.selector.cost for rule in recipe.rules) * n_tensors
+    if n_steps > _MAX_STEPS:
+        raise RecipeError(
+            f"recipe {recipe.name!r}: {len(recipe.rules):,} rules for {n_tensors:,} tensors, "
+            "too many to match; use fewer rules, with few stars or short regular expressions"
+        )
 
 
 def _kept(tensor: GgufTensor, tensor_type: Type) -> Type:

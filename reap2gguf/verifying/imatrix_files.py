@@ -48,7 +48,7 @@ def check_dat(folder: Path, imatrix: Imatrix) -> Iterator[str]:
             yield f"{path.name}: has bytes after its end"
 
 
-def check_imatrix(
+def check_recorded_imatrix(
     imatrix: Imatrix, calibration: CalibrationRecord, pruning: PruningRecord, shapes: Shapes
 ) -> Iterator[str]:
     """A matrix against the manifest, and against the shapes of the tensors of a GGUF file."""
@@ -115,7 +115,8 @@ def _check_counts(
 def check_entries(imatrix: Imatrix, model: MoeModel, is_given: bool = False) -> Iterator[str]:
     """A matrix must have an entry for every matrix that the model multiplies, and no other.
 
-    One that was given to the build may have others: `check_imatrix` compares those with the file.
+    One that was given to the build may have others: `check_recorded_imatrix` compares those with
+    the file.
     """
     if is_given:
         return

@@ -310,6 +310,7 @@ def _read(
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a process, and those that it started where nothing kept it from that."""
+    # the group has ended; macOS says EPERM of one that nobody has waited for
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
