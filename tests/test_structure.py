@@ -34,6 +34,7 @@ COVERED_BY = [
             "bundle/card_blocks.py",
             "gguf_files/blocks.py",
             "quantizing/source_blocks.py",
+            "verifying/of_gguf.py",
         ),
     ),
     ("terminal/test_plan_views.py", "what JSON holds of a plan", ("terminal/plan_json.py",)),
