@@ -812,6 +812,18 @@ def test_the_longest_chain_of_imports() -> None:
     )
 
 
+def test_folders_that_list_their_modules_list_all() -> None:
+    wrong = {}
+    for path in (path for path in sources().values() if path.name == "__init__.py"):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        modules = {module.stem for module in path.parent.glob("*.py")} - {"__init__"}
+        listed = set(re.findall(r"^ *(\w+)(?:\.py)? {2,}\S", text, re.MULTILINE))
+        differ = (modules - set(re.findall(r"\w+", text))) | (listed - modules)
+        if len(listed & modules) > 2 and differ:
+            wrong[str(path.relative_to(REPOSITORY))] = sorted(differ)
+    assert not wrong, f"list these in the docstring, or no more: {wrong}"
+
+
 def test_few_modules_at_the_top() -> None:
     found = sorted(path.name for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
     assert len(found) <= MOST_AT_THE_TOP, f"move a module into the folder of its job: {found}"

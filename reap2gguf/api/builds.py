@@ -221,8 +221,8 @@ def _verify_files(
     with open_model(source, progress) as opened:
         if not isinstance(opened.checkpoint, GgufCheckpoint):
             raise UsageError(
-                f"{source}: is no GGUF file, and GGUF files alone are compared with the one that "
-                "they were made from; pass a bundle folder, or a safetensors folder and its GGUF "
-                "files"
+                f"{source}: is not a GGUF file; with GGUF files alone, expected the GGUF file that "
+                "they were made from; or pass a bundle folder, or a safetensors folder and its "
+                "GGUF files"
             )
         return verify_files(paths, opened.checkpoint, strictness, n_threads, progress)

@@ -54,6 +54,7 @@ from reap2gguf.building.stages import Export, Importance, Observe, Prune
 from reap2gguf.building.standing import refuse_dropping, standing
 from reap2gguf.building.text_stage import ReadTexts
 from reap2gguf.building.together import do_after, do_together
+from reap2gguf.building.unchanged import Hashing
 from reap2gguf.building.verify_stage import Verify
 from reap2gguf.building.weigh_stage import Weigh, known_budget, weigh_experts
 from reap2gguf.building.weighed import settled
@@ -217,7 +218,8 @@ def _standing(run: Run) -> Standing | None:
     plan = run.plan
     if (record := known_budget(plan, run.keys, run.work)) is not None:
         run.work.has_hf = run.settle(settled(plan, record)).writes_hf
-    found = standing(run.plan, run.keys, run.work)
+    hashing = Hashing(plan.options.compute.threads, run.progress)
+    found = standing(run.plan, run.keys, run.work, hashing)
     if found is None and record is not None:  # it is not what it was: everything is done again
         run.work.has_hf = run.settle(plan).writes_hf
     return found
