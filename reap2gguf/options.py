@@ -13,7 +13,13 @@ from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
-from reap2gguf.choosing.names import AUTO, BUILD_METHODS, check_candidates, merging_of
+from reap2gguf.choosing.names import (
+    AUTO,
+    BUILD_METHODS,
+    MERGES_ARE_MEASURED_APART,
+    check_candidates,
+    merging_of,
+)
 from reap2gguf.errors import ParameterError, UsageError
 from reap2gguf.fitting.target import DEFAULT_SENSITIVITY, SENSITIVITIES, SizeTarget
 from reap2gguf.machine import available_threads
@@ -385,11 +391,7 @@ class BuildOptions:
         if self.candidates is not None:
             object.__setattr__(self, "candidates", check_candidates(self.candidates))
             if merging := merging_of(self.candidates):
-                raise UsageError(
-                    f"candidates names {merging[0]}, which merges experts, and a build does not "
-                    "choose among merges; measure it with `reap2gguf choose`, and build with the "
-                    "method that it finds"
-                )
+                raise ParameterError(MERGES_ARE_MEASURED_APART.format(merging[0]), "candidates")
         needless = () if self.method == AUTO else ("candidates", "choose_text")
         for name in needless[: 1 if self.weighs else 2]:
             if getattr(self, name) is not None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.stage import BuildResult
     from reap2gguf.progress import Progress
+    from reap2gguf.verifying.context import Strictness
     from reap2gguf.verifying.report import VerifyReport
 
 
@@ -185,7 +186,7 @@ def verify(
 ) -> VerifyReport:
     """Check a bundle, or a safetensors folder and GGUF files made from it.
 
-    GGUF files alone are compared with the GGUF file that they were pruned from, the `source`; with
+    GGUF files alone are compared with the GGUF file that they were made from, the `source`; with
     none, only their headers are checked, and that all values are finite.
     With `source`, the MODEL that was pruned, a bundle is compared with it byte for byte. Types
     that compiled kernels make quickly are quantized again and compared by bytes; with `exact` all
@@ -210,22 +211,25 @@ def verify(
     from reap2gguf.verifying.opening import open_source
 
     if not any(path.is_dir() for path in given):
-        return _verify_files(given, str(source), reports)
+        how = Strictness(exact, device=device), n_threads, reports
+        return _verify_files(given, str(source), *how)
     with open_source(str(source), reports) as opened:
         return verify_paths(given, n_threads, reports, Strictness(exact, opened, device=device))
 
 
-def _verify_files(paths: Sequence[Path], source: str, progress: Progress) -> VerifyReport:
-    """Compare GGUF files with the GGUF file that they were pruned from."""
+def _verify_files(
+    paths: Sequence[Path], source: str, strictness: Strictness, n_threads: int, progress: Progress
+) -> VerifyReport:
+    """Compare GGUF files with the GGUF file that they were pruned from, or quantized."""
     from reap2gguf.gguf_source.checkpoint import GgufCheckpoint
     from reap2gguf.hub.opened import open_model
-    from reap2gguf.verifying.sliced import verify_sliced
+    from reap2gguf.verifying.of_gguf import verify_files
 
     with open_model(source, progress) as opened:
         if not isinstance(opened.checkpoint, GgufCheckpoint):
             raise UsageError(
                 f"{source}: is not a GGUF file; with GGUF files alone, expected the GGUF file that "
-                "they were pruned from; or pass a bundle folder, or a safetensors folder and its "
+                "they were made from; or pass a bundle folder, or a safetensors folder and its "
                 "GGUF files"
             )
-        return verify_sliced(paths, opened.checkpoint, progress)
+        return verify_files(paths, opened.checkpoint, strictness, n_threads, progress)

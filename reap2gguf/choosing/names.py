@@ -10,6 +10,10 @@ from collections.abc import Iterable
 from reap2gguf.errors import ParameterError
 from reap2gguf.pruning.methods import MERGING, METHODS, OBSERVED, merges
 
+MERGES_ARE_MEASURED_APART = (
+    "candidates names {}, which merges experts, and a build does not choose among merges; measure "
+    "it with `reap2gguf choose`, and build with the method that it finds"
+)
 AUTO = "auto"  # the best of several methods, by what each costs
 BUILD_METHODS = (*METHODS, AUTO)
 REPAIRED = "+repair"  # after the name of a criterion: its kept experts are repaired

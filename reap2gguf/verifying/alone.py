@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from reap2gguf.progress import Progress
 
 _NOT_COMPARED = (
-    "values not compared: pass --source MODEL.gguf, the file that it was pruned from, or the "
+    "values not compared: pass --source MODEL.gguf, the file that it was made from, or the "
     "safetensors folder that it was made from as another path"
 )
 

@@ -25,9 +25,7 @@ def test_the_closing_lines_say_how_to_compare_more(file: Path) -> None:
     result = run("verify", file)
     assert result.exit_code == 0, result.output
     words = " ".join(result.output.split())
-    assert (
-        "values not compared: pass --source MODEL.gguf, the file that it was pruned from" in words
-    )
+    assert "values not compared: pass --source MODEL.gguf, the file that it was made from" in words
     assert f"OK: {file.name} verified" in words
 
 
