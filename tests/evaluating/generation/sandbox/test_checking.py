@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -185,13 +186,13 @@ def test_a_program_that_sleeps_is_ended() -> None:
 def test_a_program_that_fills_the_disk(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checking.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert reason(code, seconds=20.0).startswith("failed: its folder holds more than")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_it_leaves_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checking.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     deep = "import os\nfor _ in range(1900):\n    os.mkdir('d', 0o700); os.chdir('d')\n"
     assert reason(deep + RIGHT, seconds=10.0) == "passed"
     assert reason("import os; os.mkdir('d'); os.mkdir('d/e', 0)\n" + WRONG).startswith("failed")
