@@ -10,6 +10,7 @@ facts             what the manifest says twice; its parts choice, budget and pro
 generated         cards and other small files, made again; differences: where they differ
 against_source    with the model that was pruned; opening: as the user names it
 changed           new weights of a repair or a merge; sliced: a GGUF file cut out of another
+of_gguf           GGUF files alone, with the GGUF file that they were made from
 
 The safetensors folder:
 
