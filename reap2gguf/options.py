@@ -15,7 +15,12 @@ from typing import TypeVar
 
 from reap2gguf.choosing.names import AUTO, BUILD_METHODS, check_candidates
 from reap2gguf.errors import UsageError
-from reap2gguf.fitting.target import DEFAULT_SENSITIVITY, SENSITIVITIES, SizeTarget
+from reap2gguf.fitting.target import (
+    DEFAULT_SENSITIVITY,
+    SENSITIVITIES,
+    WEIGHED_SENSITIVITY,
+    SizeTarget,
+)
 from reap2gguf.machine import available_threads
 from reap2gguf.pruning.counts import WEIGHED, check_asked, check_counts, check_weighed
 from reap2gguf.pruning.protection import Protection, read_pinned
@@ -299,7 +304,8 @@ class BuildOptions:
     target_bpw: float | None = None  # bits per weight
     fit: int | None = None  # bytes of a GPU's memory
     fit_context: int | None = None  # tokens that it holds beside the file; None: 8192
-    sensitivity: str = DEFAULT_SENSITIVITY  # how errors of tensors are weighed: table or measured
+    # how errors of tensors are weighed: table or measured; None: as is best for each purpose
+    sensitivity: str | None = None
     evaluate: str = "auto"  # whether quality is measured: auto, always or never
 
     def __post_init__(self) -> None:
@@ -328,7 +334,8 @@ class BuildOptions:
         check_asked(self.method, self.repair, self.group_size)
         if self.dequantize is not None:
             check_choice("dequantize", self.dequantize, DEQUANTIZE_CHOICES)
-        check_choice("sensitivity", self.sensitivity, SENSITIVITIES)
+        if self.sensitivity is not None:
+            check_choice("sensitivity", self.sensitivity, SENSITIVITIES)
         check_number("chunk", self.chunk, 8)
         if self.imatrix_chunks is not None:
             check_number("imatrix_chunks", self.imatrix_chunks, 1)
@@ -349,6 +356,16 @@ class BuildOptions:
     def target(self) -> SizeTarget | None:
         """The size of a file whose types are chosen; None if none is asked for."""
         return SizeTarget.of(self.target_size, self.target_bpw, self.fit, self.fit_context)
+
+    @property
+    def fit_sensitivity(self) -> str:
+        """How errors of tensors are weighed where the types of a file are chosen."""
+        return self.sensitivity or DEFAULT_SENSITIVITY
+
+    @property
+    def weigh_sensitivity(self) -> str:
+        """The same where experts are weighed against bits."""
+        return self.sensitivity or WEIGHED_SENSITIVITY
 
     @property
     def weighs(self) -> bool:

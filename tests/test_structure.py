@@ -349,6 +349,7 @@ COVERED_BY = [
         (
             "building/needs/amount.py", "building/needs/disk.py", "building/needs/memory.py",
             "building/needs/room.py", "building/needs/seconds.py", "building/needs/sizes.py",
+            "building/needs/file_seconds.py",
         ),
     ),
     (
