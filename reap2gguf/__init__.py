@@ -49,15 +49,10 @@ if TYPE_CHECKING:
     from reap2gguf.gguf_source.inspection import GgufInspection
     from reap2gguf.importing.from_file import FoundRecipe
     from reap2gguf.importing.imported import ImportedRecipe
-    from reap2gguf.options import (
-        BuildOptions,
-        CalibrationOptions,
-        CheckQuants,
-        ComputeOptions,
-        RecipeText,
-    )
+    from reap2gguf.options import BuildOptions, CalibrationOptions, CheckQuants, ComputeOptions
     from reap2gguf.progress import ProgressEvent
     from reap2gguf.pruning.inspection import BundleInspection, ObservationsInspection
+    from reap2gguf.quantizing.named import RecipeText
     from reap2gguf.quantizing.role_table import RecipeDifference, RecipeTable
     from reap2gguf.verifying.report import VerifyReport
 
@@ -160,15 +155,10 @@ _HOMES = {
     "gguf_source.inspection": ("GgufInspection",),
     "importing.from_file": ("FoundRecipe",),
     "importing.imported": ("ImportedRecipe",),
-    "options": (
-        "BuildOptions",
-        "CalibrationOptions",
-        "CheckQuants",
-        "ComputeOptions",
-        "RecipeText",
-    ),
+    "options": ("BuildOptions", "CalibrationOptions", "CheckQuants", "ComputeOptions"),
     "progress": ("ProgressEvent",),
     "pruning.inspection": ("BundleInspection", "ObservationsInspection"),
+    "quantizing.named": ("RecipeText",),
     "quantizing.role_table": ("RecipeDifference", "RecipeTable"),
     "verifying.report": ("VerifyReport",),
 }

@@ -7,24 +7,30 @@ get the same checks as the command line.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
-from reap2gguf.choosing.names import (
-    AUTO,
-    BUILD_METHODS,
-    MERGES_ARE_MEASURED_APART,
-    check_candidates,
-    merging_of,
-)
+from reap2gguf.choosing.names import AUTO, BUILD_METHODS, check_build_candidates
 from reap2gguf.errors import ParameterError, UsageError
-from reap2gguf.fitting.target import DEFAULT_SENSITIVITY, SENSITIVITIES, SizeTarget
+from reap2gguf.fitting.target import (
+    DEFAULT_SENSITIVITY,
+    SENSITIVITIES,
+    WEIGHED_SENSITIVITY,
+    SizeTarget,
+)
 from reap2gguf.machine import available_threads
 from reap2gguf.pruning.counts import WEIGHED, check_asked, check_counts, check_weighed
 from reap2gguf.pruning.protection import Protection, read_pinned
+from reap2gguf.quantizing.named import (
+    DEFAULT_RECIPES,
+    RecipeText,
+    check_labels,
+    check_tensor_types,
+    named_recipes,
+)
 
 MTP_CHOICES = ("prune", "drop")
 REPAIR_CHOICES = ("none", "ridge", "scale")
@@ -50,8 +56,6 @@ class CheckQuants(Enum):
         return {"all": 1.0, "sample": 0.001, "none": 0.0}[self.value]
 
 
-DEFAULT_RECIPE = "Q4_K_M"
-DEFAULT_RECIPES = (DEFAULT_RECIPE,)  # this object: none was named
 _Kind = TypeVar("_Kind")
 
 
@@ -111,95 +115,6 @@ def check_path(name: str, value: object) -> Path:
     if not isinstance(text, str) or "\0" in text:
         raise ParameterError(f"{name} is {value!r}, expected a path", name)
     return Path(text)
-
-
-def check_labels(labels: object) -> dict[str, str]:
-    """Labels by recipe. Raise UsageError if they are not a mapping of texts."""
-    if isinstance(labels, Mapping):
-        found = dict(labels)
-        if all(isinstance(text, str) for entry in found.items() for text in entry):
-            return found
-    raise ParameterError(
-        f"labels is {labels!r}, expected a mapping from recipes to labels", "labels"
-    )
-
-
-@dataclass(frozen=True)
-class RecipeText:
-    """A recipe as TOML text, such as a manifest records it."""
-
-    name: str
-    text: str
-    label: str | None = None  # in place of the one in the text
-
-
-def _recipes(given: object, may_be_none: bool = False) -> tuple[str | RecipeText, ...]:
-    """Recipes by name, path or text. Raise UsageError if they are none."""
-    if isinstance(given, str | os.PathLike | RecipeText):
-        given = (given,)
-    if not isinstance(given, Iterable) or isinstance(given, bytes):
-        raise ParameterError(f"recipes is {given!r}, expected names or paths of recipes", "recipes")
-    recipes = tuple(given)
-    if not recipes and not may_be_none:
-        raise ParameterError(
-            "recipes is empty, expected at least one recipe, such as Q4_K_M", "recipes"
-        )
-    found: list[str | RecipeText] = []
-    for recipe in recipes:
-        found += [recipe] if isinstance(recipe, RecipeText) else split_recipes(recipe)
-    return DEFAULT_RECIPES if given is DEFAULT_RECIPES else tuple(found)
-
-
-def split_recipes(recipe: object) -> list[str]:
-    """The names in a list with commas, such as "Q4_K_M,Q8_0"; an existing path is one name.
-
-    Raise UsageError if it is not a text or a path, or holds NUL, or has nothing between two commas.
-    """
-    name = check_recipe(recipe)
-    if "\0" in name:
-        raise ParameterError(f"recipe is {name!r}, expected text without NUL characters", "recipe")
-    if "," not in name or os.path.exists(os.path.expanduser(name)):
-        return [name]
-    names = [part.strip() for part in name.split(",")]
-    if "" in names:
-        raise ParameterError(
-            f"recipe is {name!r}, expected names with commas between them", "recipe"
-        )
-    return names
-
-
-def one_recipe(recipe: object) -> str:
-    """A recipe's name or path. Raise UsageError if it is neither, and for a list of names."""
-    names = split_recipes(recipe)
-    if len(names) > 1:
-        raise ParameterError(
-            f"recipe is {recipe!r}, expected one recipe for one file; `reap2gguf build` writes "
-            "several files",
-            "recipe",
-        )
-    return names[0]
-
-
-def check_recipe(recipe: object) -> str:
-    """A recipe's name or path as text. Raise UsageError if it is neither."""
-    if not isinstance(recipe, str | os.PathLike):
-        raise ParameterError(
-            f"recipe is {recipe!r}, expected the name or path of a recipe", "recipe"
-        )
-    return str(recipe)
-
-
-def check_tensor_types(given: object) -> tuple[str, ...]:
-    """Texts PATTERN=TYPE, from a list or a mapping. Raise UsageError for anything else."""
-    if isinstance(given, Mapping):
-        given = [f"{pattern}={name}" for pattern, name in given.items()]
-    if isinstance(given, Iterable) and not isinstance(given, str | bytes):
-        found = tuple(given)
-        if all(isinstance(text, str) for text in found):
-            return found
-    raise ParameterError(
-        f"tensor_types is {given!r}, expected a list such as ['attn_v=Q5_K']", "tensor_types"
-    )
 
 
 @dataclass(frozen=True)
@@ -320,13 +235,14 @@ class BuildOptions:
     target_bpw: float | None = None  # bits per weight
     fit: int | None = None  # bytes of a GPU's memory
     fit_context: int | None = None  # tokens that it holds beside the file; None: 8192
-    sensitivity: str = DEFAULT_SENSITIVITY  # how errors of tensors are weighed: table or measured
+    # how errors of tensors are weighed: table or measured; None: as is best for each purpose
+    sensitivity: str | None = None
     evaluate: str = "auto"  # whether quality is measured: auto, always or never
 
     def __post_init__(self) -> None:
         has_target = self.target is not None  # or raises UsageError
         named = () if has_target and self.recipes is DEFAULT_RECIPES else self.recipes
-        object.__setattr__(self, "recipes", _recipes(named, may_be_none=has_target))
+        object.__setattr__(self, "recipes", named_recipes(named, may_be_none=has_target))
         object.__setattr__(self, "tensor_types", check_tensor_types(self.tensor_types))
         object.__setattr__(self, "labels", check_labels(self.labels))
         if self.model is not None:
@@ -349,7 +265,8 @@ class BuildOptions:
         check_asked(self.method, self.repair, self.group_size)
         if self.dequantize is not None:
             check_choice("dequantize", self.dequantize, DEQUANTIZE_CHOICES)
-        check_choice("sensitivity", self.sensitivity, SENSITIVITIES)
+        if self.sensitivity is not None:
+            check_choice("sensitivity", self.sensitivity, SENSITIVITIES)
         check_number("chunk", self.chunk, 8)
         if self.imatrix_chunks is not None:
             check_number("imatrix_chunks", self.imatrix_chunks, 1)
@@ -372,6 +289,16 @@ class BuildOptions:
         return SizeTarget.of(self.target_size, self.target_bpw, self.fit, self.fit_context)
 
     @property
+    def fit_sensitivity(self) -> str:
+        """How errors of tensors are weighed where the types of a file are chosen."""
+        return self.sensitivity or DEFAULT_SENSITIVITY
+
+    @property
+    def weigh_sensitivity(self) -> str:
+        """The same where experts are weighed against bits."""
+        return self.sensitivity or WEIGHED_SENSITIVITY
+
+    @property
     def weighs(self) -> bool:
         """Whether the build finds how many experts stay, by what each number costs."""
         return self.compression == WEIGHED
@@ -389,9 +316,7 @@ class BuildOptions:
     def _check_choosing(self) -> None:
         """Candidates by name; refuse what has no effect without `auto`."""
         if self.candidates is not None:
-            object.__setattr__(self, "candidates", check_candidates(self.candidates))
-            if merging := merging_of(self.candidates):
-                raise ParameterError(MERGES_ARE_MEASURED_APART.format(merging[0]), "candidates")
+            object.__setattr__(self, "candidates", check_build_candidates(self.candidates))
         needless = () if self.method == AUTO else ("candidates", "choose_text")
         for name in needless[: 1 if self.weighs else 2]:
             if getattr(self, name) is not None:
@@ -415,7 +340,7 @@ class AddOptions:
     def __post_init__(self) -> None:
         check_kind("compute", self.compute, ComputeOptions)
         object.__setattr__(self, "bundle", check_path("bundle", self.bundle))
-        recipes = _recipes(self.recipes) if self.recipes else ()
+        recipes = named_recipes(self.recipes) if self.recipes else ()
         object.__setattr__(self, "recipes", recipes)
         files = tuple(check_path("files", path) for path in self.files)
         object.__setattr__(self, "files", files)

@@ -27,6 +27,7 @@ MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 
 # Modules without a test file of their own name: the file that tests them, why there, and which.
 COVERED_BY = [
+    ("terminal/test_help.py", "names of recipes that are none", ("quantizing/named.py",)),
     (
         "building/test_requantized.py",
         "which blocks of a GGUF source stay, and what plans and cards say of them",
@@ -360,6 +361,7 @@ COVERED_BY = [
         (
             "building/needs/amount.py", "building/needs/disk.py", "building/needs/memory.py",
             "building/needs/room.py", "building/needs/seconds.py", "building/needs/sizes.py",
+            "building/needs/file_seconds.py",
         ),
     ),
     (

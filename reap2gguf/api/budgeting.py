@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from reap2gguf.api.opening import PathLike, ProgressLike, open_named, to_progress
+from reap2gguf.api.fitting import asked_target, probing_of, sensitivities_file, target_within
+from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
 from reap2gguf.errors import ParameterError
+from reap2gguf.fitting.target import MEASURED, SENSITIVITIES, WEIGHED_SENSITIVITY
 from reap2gguf.options import (
     ComputeOptions,
     check_choice,
@@ -22,7 +26,11 @@ if TYPE_CHECKING:
 
     from reap2gguf.bundle.budget import CountRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
+    from reap2gguf.evaluating.texts import EvaluationText
+    from reap2gguf.fitting.trading import Probes, Source, Weighing
+    from reap2gguf.hub.opened import OpenModel
     from reap2gguf.models.description import ModelFacts
+    from reap2gguf.progress import Progress
     from reap2gguf.pruning.select import Kept
 
 _CHUNK = 512  # tokens, of which half are scored
@@ -50,61 +58,94 @@ def weigh_budget(
     method: str = "reap",
     text: str = "held-out",
     chunks: int = 16,
+    sensitivity: str = WEIGHED_SENSITIVITY,
+    cache: PathLike | None = None,
     compute: ComputeOptions | None = None,
     follow_links: bool = False,
     progress: ProgressLike = None,
 ) -> BudgetResult:
-    """Weigh dropping experts against fewer bits, for one target; nothing is written.
+    """Weigh dropping experts against fewer bits, for one target.
 
     For each number in `keep_experts` (by default all, 15/16, 7/8, 13/16, 3/4, 5/8 and half of
     them): the KL divergence that pruning costs, measured on the first `chunks` chunks of a text,
     and the one that quantizing to the target is predicted to cost. `target_bpw` counts the weights
-    of MODEL with all experts. `observations` and `imatrix` are of MODEL, before pruning. Raises
+    of MODEL with all experts. `observations` and `imatrix` are of MODEL, before pruning.
+    `sensitivity` says how much an error in each tensor counts: by a table of kinds, or "measured"
+    on MODEL, in an evaluation of some dozens of variants. Nothing is written but what was measured
+    so: a folder `cache` keeps it, as `fit_recipe` does beside its recipe, and reads it. Raises
     UsageError for a number that the model cannot have and if no number fits the target,
     ArtifactError for files of another model, and what opening a model raises.
     """
-    from reap2gguf.building.given import read_imatrix
     from reap2gguf.bundle.budget import best_of
-    from reap2gguf.evaluating.texts import cut_text, fitting_chunk, read_text
-    from reap2gguf.fitting.errors_table import Where
-    from reap2gguf.fitting.target import SizeTarget
-    from reap2gguf.fitting.trading import Source, Weighing
-    from reap2gguf.tokenizer.tokenizer import Tokenizer
+    from reap2gguf.fitting.trading import Weighing
 
-    target = SizeTarget.of(target_size, target_bpw, fit, fit_context)
-    if target is None:
-        raise ParameterError(
-            "pass a target: target_size, target_bpw or fit", "target_size", "target_bpw", "fit"
-        )
+    target = asked_target(target_size, target_bpw, fit, fit_context)
     check_choice("method", method, tuple(OBSERVED))
+    check_choice("sensitivity", sensitivity, SENSITIVITIES)
     check_number("chunks", chunks, 2)
     compute = given_or_new("compute", compute, ComputeOptions)
     seen, given = check_path("observations", observations), check_path("imatrix", imatrix)
-    reports = to_progress(progress)
-    with open_named(model, reports, follow_links=follow_links) as opened:
+    folder = None if cache is None else check_path("cache", cache)
+    shown = to_progress(progress)
+    with open_named(model, shown, follow_links=follow_links) as opened:
         opened.check_tokenizer()
-        facts, folder = opened.model.facts, opened.source.folder
+        facts = opened.model.facts
+        kept = None if folder is None else sensitivities_file(folder, opened)
+        keep_files(opened, [] if kept is None else [kept], [seen, given])
+        target = target_within(target, facts, fit_context, shown)
         counts = _counts(facts, keep_experts)
-        source = Source(
-            opened.checkpoint,
-            opened.model,
-            opened.source.short_name,
-            lambda tensors: read_imatrix(given, tensors, facts.n_experts, facts.mtp_layer),
-        )
         choices = _choices(opened.checkpoint, facts, seen, counts, method)
-        label, content = read_text(text, reports.note)
-        size = fitting_chunk(_CHUNK, facts.context_length, reports.note)
-        cut = cut_text(label, content, Tokenizer(folder), facts.vocab_size, size, chunks)
-        where = Where(compute.device, compute.threads)
-        weighing = Weighing(source, choices, target)
+        cut = _text(opened, text, chunks, shown)
+        weighing = Weighing(_source(opened, given), choices, target)
         weighing.check()
-        from reap2gguf.evaluating.engine import evaluate_variants  # loads torch
-
-        costs = weighing.costs(
-            lambda variants, pairs: evaluate_variants(variants, cut.rows, pairs, compute, reports)
-        )
-        found = weighing.weigh(costs, where, reports)
+        measures = partial(probing_of, opened, path=kept, compute=compute, shown=shown)
+        probes = measures if sensitivity == MEASURED else None
+        found = _weighed(weighing, cut, probes, compute, shown)
     return BudgetResult(tuple(found), best_of(found), cut.record.n_scored)
+
+
+def _source(opened: OpenModel, imatrix: Path) -> Source:
+    """The model before pruning, with a file of its importance matrix."""
+    from reap2gguf.building.given import read_imatrix
+    from reap2gguf.fitting.trading import Source
+
+    facts = opened.model.facts
+    return Source(
+        opened.checkpoint,
+        opened.model,
+        opened.source.short_name,
+        lambda tensors: read_imatrix(imatrix, tensors, facts.n_experts, facts.mtp_layer),
+    )
+
+
+def _text(opened: OpenModel, text: str, chunks: int, shown: Progress) -> EvaluationText:
+    """The text that pruning is measured on, in chunks. Raises CalibrationError."""
+    from reap2gguf.evaluating.texts import cut_text, fitting_chunk, read_text
+    from reap2gguf.tokenizer.tokenizer import Tokenizer
+
+    facts = opened.model.facts
+    label, content = read_text(text, shown.note)
+    size = fitting_chunk(_CHUNK, facts.context_length, shown.note)
+    with closing(Tokenizer(opened.source.folder)) as tokenizer:
+        return cut_text(label, content, tokenizer, facts.vocab_size, size, chunks)
+
+
+def _weighed(
+    weighing: Weighing,
+    cut: EvaluationText,
+    probes: Probes | None,
+    compute: ComputeOptions,
+    shown: Progress,
+) -> list[CountRecord]:
+    """What each number of experts costs."""
+    from reap2gguf.evaluating.engine import evaluate_variants  # loads torch
+    from reap2gguf.fitting.errors_table import Where
+
+    costs = weighing.costs(
+        lambda variants, pairs: evaluate_variants(variants, cut.rows, pairs, compute, shown)
+    )
+    where = Where(compute.device, compute.threads)
+    return weighing.weigh(costs, where, shown, probes=probes)
 
 
 def _counts(facts: ModelFacts, asked: Sequence[int] | None) -> list[int]:

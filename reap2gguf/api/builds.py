@@ -18,12 +18,12 @@ from reap2gguf.options import (
     ComputeOptions,
     check_bool,
     check_choice,
-    check_labels,
     check_path,
     check_quants_of,
     check_threads,
 )
 from reap2gguf.progress import working
+from reap2gguf.quantizing.named import check_labels
 
 if TYPE_CHECKING:
     from reap2gguf.building.needs.estimate import Estimate

@@ -13,14 +13,12 @@ from reap2gguf.errors import UsageError
 from reap2gguf.options import (
     CheckQuants,
     ComputeOptions,
-    check_labels,
     check_path,
     check_quants_of,
-    check_tensor_types,
     check_threads,
-    one_recipe,
 )
 from reap2gguf.outputs import output_file
+from reap2gguf.quantizing.named import check_labels, check_tensor_types, one_recipe
 
 if TYPE_CHECKING:
     from reap2gguf.exporting.model_files import WeightedBy

@@ -25,6 +25,7 @@ from reap2gguf.checkpoint.companions import Purpose, companions
 from reap2gguf.choosing.names import AUTO, BEST_REPAIRED
 from reap2gguf.errors import CheckpointError, Reap2ggufError
 from reap2gguf.files import file_sha256
+from reap2gguf.fitting.target import MEASURED, PROBE_FORMAT
 from reap2gguf.ggml import load_ggml
 from reap2gguf.pruning.write import companion_files
 from reap2gguf.quantizing.ik.workers import PACKAGE, package_version
@@ -231,7 +232,7 @@ class BuildKeys:
         options = self.plan.options
         text = options.choose_text
         other = None if text is None else (text.name, self.plan.files.text(text).sha256)
-        return self.plan.counts, repr(options.target), options.tensor_types, other
+        return self.plan.counts, repr(options.target), options.tensor_types, other, *self._probed
 
     def weigh(self, kept: Mapping[int, Kept], observations: str, text: str) -> str:
         """The key of a budget's division, by the experts that each number keeps.
@@ -249,7 +250,14 @@ class BuildKeys:
             options.tensor_types,
             (observations, None if given is None else given.sha256, text),
             *self._computing,
+            *self._probed,
         )
+
+    @property
+    def _probed(self) -> list[str]:
+        """What only a prediction depends on for which the sensitivity of the source is measured."""
+        is_measured = self.plan.options.weigh_sensitivity == MEASURED
+        return [MEASURED, str(PROBE_FORMAT)] if is_measured else []
 
     @property
     def _given(self) -> list[tuple[str, str] | None]:

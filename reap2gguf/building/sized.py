@@ -24,9 +24,9 @@ from reap2gguf.fitting.fitted import (
     guess,
     tensor_bytes,
 )
-from reap2gguf.fitting.probing import PROBE_FORMAT, Probing, probes_of
+from reap2gguf.fitting.probing import Probing, probes_of
 from reap2gguf.fitting.solving import Budget, Measuring, beyond, budget_of, header_bytes
-from reap2gguf.fitting.target import MEASURED, TABLE, context_note
+from reap2gguf.fitting.target import MEASURED, PROBE_FORMAT, TABLE, context_note
 from reap2gguf.gguf_files.imatrix import load_imatrix
 from reap2gguf.messages import size
 from reap2gguf.pruning.view import PrunedView
@@ -140,10 +140,11 @@ def plan_sized(
     budget = budget_of(target, problem, view.model, header)
     guessed = guess(named, problem, budget.types, budget.n_bytes).resolved
     given = {tensor: one.name for tensor, one in sorted(sized.fixed.items())}
-    how = "" if options.sensitivity == TABLE else f", sensitivity {options.sensitivity}"
+    sensitivity = options.fit_sensitivity
+    how = "" if sensitivity == TABLE else f", sensitivity {sensitivity}"
     source = f"# chosen in the build: {target!r}, {given}, format {FIT_FORMAT}{how}\n"
     recipe = replace(guessed.recipe, source=source)
-    measures = options.sensitivity == MEASURED
+    measures = sensitivity == MEASURED
     sized = replace(
         sized,
         card=budget.card,
@@ -189,7 +190,8 @@ def choose_types(
     errors = Measuring(weights, imatrix, cache, where).errors(problem, budget, run.progress)
     counts = None
     if sized.n_probes:
-        counts = _probing(run, reference, imatrix, of).sensitivities(problem, errors, run.progress)
+        probing = probing_of(run, reference, imatrix, of)
+        counts = probing.sensitivities(problem, errors, run.progress)
     found = fit(sized.named, problem, errors, budget.types, budget.n_bytes, counts)
     run.progress.note(_words(sized, found, header))
     return found
@@ -202,8 +204,11 @@ def _cache(run: Run, folder: str, key: str) -> Cache:
     return cache
 
 
-def _probing(run: Run, reference: Reference, imatrix: Imatrix, of: Sequence[object]) -> Probing:
-    """What measures how much an error in each tensor counts; `of` is what it depends on."""
+def probing_of(run: Run, reference: Reference, imatrix: Imatrix, of: Sequence[object]) -> Probing:
+    """What measures how much an error in each tensor of a model counts.
+
+    `of` is what it depends on: the model, the importance matrix and the ggml that quantizes.
+    """
     assert run.probe_text is not None  # only a build that runs chooses types
     compute, text = run.plan.options.compute, run.probe_text()
     where = compute.likely_device, compute.likely_dtype

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from reap2gguf.artifacts.made_with import COMPUTING
 from reap2gguf.atomic import write_whole
 from reap2gguf.building.given import imatrix_of, read_imatrix
+from reap2gguf.building.keys import ggml_identity
 from reap2gguf.building.needs.scoring import CHUNK, WEIGHED_TOKENS
 from reap2gguf.building.observed import observations_of, observations_sha256
+from reap2gguf.building.sized import probing_of
 from reap2gguf.building.stage import Run, Stage, needed
 from reap2gguf.building.weighed import settled
 from reap2gguf.bundle.budget import BudgetRecord, budget_of_json
@@ -30,6 +32,7 @@ from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.evaluating.texts import HELD_OUT, EvaluationText, cut_text, fitting_chunk, read_text
 from reap2gguf.fitting.errors_table import Cache, Where
 from reap2gguf.fitting.lines import budget_lines
+from reap2gguf.fitting.target import TABLE
 from reap2gguf.fitting.trading import Source, Weighing
 from reap2gguf.pruning.protection import protected_experts
 from reap2gguf.pruning.select import Target, select_experts
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
     from reap2gguf.building.stages import Observe
     from reap2gguf.building.text_stage import ReadTexts
     from reap2gguf.building.workdir import Workdir
+    from reap2gguf.fitting.probing import Probing
+    from reap2gguf.fitting.trading import Probes
     from reap2gguf.models.description import GgufTensor
     from reap2gguf.pruning.select import Kept
 
@@ -120,10 +125,25 @@ class Weigh(Stage[BudgetRecord]):
             self._text.record.label,
             self._text.tokens_sha256,
             self._text.record.n_scored,
-            tuple(weighing.weigh(costs, where, run.progress, self._cache)),
+            tuple(weighing.weigh(costs, where, run.progress, self._cache, self._probes)),
+            plan.options.weigh_sensitivity,
         )
         write_whole(self.outputs[0], json.dumps(asdict(record), indent=1) + "\n")
         return {}
+
+    @property
+    def _probes(self) -> Probes | None:
+        """What measures how much an error in each tensor of MODEL counts; None: a table says it."""
+        if self.run.plan.options.weigh_sensitivity == TABLE:
+            return None
+        return self._probing
+
+    def _probing(self, given: GivenImatrix) -> Probing:
+        plan, keys = self.run.plan, self.run.keys
+        everything = dict.fromkeys(plan.model.facts.moe_layers, range(plan.model.facts.n_experts))
+        kept = {layer: tuple(experts) for layer, experts in everything.items()}
+        of = keys.pruned_of(kept), given.sha256, ggml_identity()
+        return probing_of(self.run, (plan.checkpoint, plan.model), given.imatrix, of)
 
     def _cache(self, count: int) -> Cache:
         """Where what was measured of a number of experts is kept, until the build is finished."""

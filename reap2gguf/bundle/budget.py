@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from reap2gguf.fitting.target import SENSITIVITIES, TABLE
 from reap2gguf.messages import shown
 
 MOST_COUNTS = 64
@@ -46,6 +47,7 @@ class BudgetRecord:
     text_sha256: str  # of its tokens
     n_scored: int  # tokens
     counts: Sequence[CountRecord]  # the most experts first
+    sensitivity: str = TABLE  # how much an error in each tensor counts: by a table, or measured
 
     @property
     def best(self) -> CountRecord:
@@ -70,6 +72,7 @@ def budget_of_json(values: Mapping[str, Any]) -> BudgetRecord:
         _text("text_sha256", values["text_sha256"]),
         _whole("n_scored", values["n_scored"]),
         tuple(map(_count, counts)),
+        _sensitivity(values.get("sensitivity", TABLE)),
     )
     numbers = [one.n_experts for one in found.counts]
     if numbers != sorted(set(numbers), reverse=True):
@@ -94,6 +97,12 @@ def _count(values: Mapping[str, Any]) -> CountRecord:
         None if n_bytes is None else _whole("n_bytes", n_bytes),
         _text("problem", values["problem"]),
     )
+
+
+def _sensitivity(value: Any) -> str:
+    if value not in SENSITIVITIES:
+        raise ValueError(f"sensitivity is {shown(value)}, expected {' or '.join(SENSITIVITIES)}")
+    return str(value)
 
 
 def _whole(name: str, value: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.markdown import code, inline, table
+from reap2gguf.fitting.target import MEASURED, TABLE
 from reap2gguf.messages import size
 
 if TYPE_CHECKING:
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import Manifest
 
 _HEADER = ("experts", "bits per weight", "size", "KL of pruning", "KL of quantizing", "together")
+_COUNTED = {
+    TABLE: "by how much errors of its kind count in a small model",
+    MEASURED: "by how much errors of its kind were measured to count in the source",
+}
 _FITS_NOT = "does not fit"
 
 
@@ -27,7 +32,8 @@ def budget_section(manifest: Manifest) -> str:
         f"{best.n_experts} of {n_all} experts stay in each layer, at {best.bits_per_weight:.2f} "
         "bits per weight. KL divergences are from the source, in nats per token. That of pruning "
         f"was measured on {budget.n_scored:,} tokens of {inline(budget.text)}, with experts ranked "
-        f"by {code(budget.method)}; that of quantizing is predicted from the error of each tensor. "
+        f"by {code(budget.method)}; that of quantizing is predicted from the error of each tensor, "
+        f"{_COUNTED[budget.sensitivity]}. "
         "The number with the least sum was taken."
     )
     rows = [_row(one, one is best) for one in budget.counts]

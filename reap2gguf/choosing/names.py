@@ -10,10 +10,6 @@ from collections.abc import Iterable
 from reap2gguf.errors import ParameterError
 from reap2gguf.pruning.methods import MERGING, METHODS, OBSERVED, merges
 
-MERGES_ARE_MEASURED_APART = (
-    "candidates names {}, which merges experts, and a build does not choose among merges; measure "
-    "it with `reap2gguf choose`, and build with the method that it finds"
-)
 AUTO = "auto"  # the best of several methods, by what each costs
 BUILD_METHODS = (*METHODS, AUTO)
 REPAIRED = "+repair"  # after the name of a criterion: its kept experts are repaired
@@ -55,6 +51,19 @@ def check_candidates(value: object) -> tuple[str, ...]:
     named = dict.fromkeys(names)
     found = (*criteria_of(named), *merging_of(named))
     return (*found, BEST_REPAIRED) if BEST_REPAIRED in named else found
+
+
+def check_build_candidates(value: object) -> tuple[str, ...]:
+    """The same for a build, which chooses among criteria alone. Raises UsageError."""
+    names = check_candidates(value)
+    if merging := merging_of(names):
+        raise ParameterError(
+            f"candidates names {merging[0]}, which merges experts, and a build does not choose "
+            "among merges; measure it with `reap2gguf choose`, and build with the method that it "
+            "finds",
+            "candidates",
+        )
+    return names
 
 
 def criteria_of(candidates: Iterable[str]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ layer that it changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from reap2gguf.evaluating.figures import divergence
 from reap2gguf.evaluating.variants import Variant
 from reap2gguf.exporting.row_ranges import BlockMaker
 from reap2gguf.fitting.perturbed import Perturbing
+from reap2gguf.fitting.rules import layer_globs
 from reap2gguf.fitting.sensitivity import kind_of, sensitivities
 from reap2gguf.models.gguf_keys import block_of
 from reap2gguf.quantizing.quantizer import load_quantizer
@@ -40,9 +41,8 @@ if TYPE_CHECKING:
     from reap2gguf.models.description import ModelFacts
     from reap2gguf.progress import Progress
 
-PROBE_FORMAT = 1  # which tensors are changed, how, and on which text
 BANDS = 4
-_TYPES = (Type.Q3_K, Type.Q4_0)  # the first that a tensor's rows fit
+PROBE_TYPES = (Type.Q3_K, Type.Q4_0)  # the first that a tensor's rows fit
 _SOURCE = "source"
 _MEAN, _ERROR = "mean", "error"
 
@@ -68,17 +68,24 @@ class Probe:
 
 def probes_of(problem: Problem, facts: ModelFacts) -> list[Probe]:
     """One probe for each kind of tensor that has a choice of types, in each band of layers."""
-    found: dict[str, dict[str, Type]] = {}
+    found: dict[tuple[str, int], dict[str, Type]] = {}
     for tensor in problem.to_measure():
         layer = block_of(tensor.name)
-        fitting = problem.types_for(tensor, _TYPES)
+        fitting = problem.types_for(tensor, PROBE_TYPES)
         if not fitting or (layer is not None and layer >= facts.n_layers):
             continue
         if tensor.is_copied_as(fitting[0]):
             continue  # it has no smaller type, and that one loses nothing
-        band = "" if layer is None else f"band {layer * BANDS // facts.n_layers} "
-        found.setdefault(f"{band}{kind_of(tensor.name)}", {})[tensor.name] = fitting[0]
-    return [Probe(name, types) for name, types in found.items()]
+        band = -1 if layer is None else layer * BANDS // facts.n_layers
+        found.setdefault((kind_of(tensor.name), band), {})[tensor.name] = fitting[0]
+    return [Probe(_name(kind, types), types) for (kind, _), types in found.items()]
+
+
+def _name(kind: str, tensors: Iterable[str]) -> str:
+    """What a probe is called: by all of its tensors, since another choice of types may have fewer
+    of a kind, and what was kept is found by name."""
+    layers = [layer for layer in map(block_of, tensors) if layer is not None]
+    return f"{kind} in layers {', '.join(layer_globs(layers))}" if layers else kind
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ class Probing:
     model: MoeModel
     imatrix: Imatrix
     text: ProbedText
-    cache: Cache
+    cache: Cache | None = None
 
     def sensitivities(
         self, problem: Problem, errors: Errors, progress: Progress
@@ -99,10 +106,11 @@ class Probing:
         Raises what `text.evaluate` raises, and OutputError if the cache cannot be written.
         """
         probes = probes_of(problem, self.model.facts)
-        known = self.cache.load(progress.note)
-        if {one.name for one in probes} - known.keys():
-            known = self._measured(probes)
-            self.cache.save(known)
+        known = {} if self.cache is None else dict(self.cache.load(progress.note))
+        if missing := [one for one in probes if one.name not in known]:
+            known |= self._measured(missing)
+            if self.cache is not None:
+                self.cache.save(known)
         weights = sensitivities(tensor.name for tensor in problem.free)
         for probe in probes:
             found = known[probe.name]

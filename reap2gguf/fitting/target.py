@@ -10,7 +10,9 @@ from reap2gguf.messages import size
 DEFAULT_CONTEXT = 8192
 TABLE, MEASURED = SENSITIVITIES = ("table", "measured")  # how errors of tensors are weighed
 DEFAULT_SENSITIVITY = MEASURED
+WEIGHED_SENSITIVITY = TABLE  # the default where experts are weighed against bits
 PROBE_CHUNK, PROBE_CHUNKS = 512, 8  # tokens of the rows that "measured" takes, and their number
+PROBE_FORMAT = 1  # which tensors are changed, how, and on which text
 PROBE_TOKENS = PROBE_CHUNK * PROBE_CHUNKS
 MOST_BITS = 16.0
 _MOST_BYTES = 2**60

@@ -3,8 +3,9 @@
 The damage has two parts, both in nats per token. What pruning costs is the mean KL divergence of
 the pruned model from its source, measured on a text; all numbers of experts go through the layers
 in one sweep, as views of the source. What quantizing costs is predicted: the errors of the types
-that the solver chooses, weighted by `sensitivity.py`, whose weights are KL divergences of a small
-model (bench/RESULTS.md compares predictions with measurements). The parts are added, as if neither
+that the solver chooses, each times how much it counts: by `sensitivity.py`, whose weights are KL
+divergences of a small model, or as `probing.py` measures it on the source, with all its experts
+(bench/RESULTS.md compares predictions with measurements). The parts are added, as if neither
 changed what the other does.
 """
 
@@ -22,6 +23,7 @@ from reap2gguf.evaluating.variants import Variant
 from reap2gguf.exporting.row_ranges import BlockMaker
 from reap2gguf.fitting.errors_table import measure
 from reap2gguf.fitting.fitted import Named, Problem, fit, fixed_types, tensor_bytes
+from reap2gguf.fitting.probing import PROBE_TYPES
 from reap2gguf.fitting.solving import HEADER_ROOM, TooSmall, budget_of, either, planned_header
 from reap2gguf.fitting.target import SizeTarget, rounded_down
 from reap2gguf.pruning.select import choose_target
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.evaluating.scores import Pair, Scores
     from reap2gguf.fitting.errors_table import Cache, Errors, Where
+    from reap2gguf.fitting.probing import Probing
+    from reap2gguf.fitting.solving import Budget
+    from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import GgufTensor
     from reap2gguf.progress import Progress
@@ -44,6 +49,7 @@ if TYPE_CHECKING:
 Evaluates = Callable[[Sequence[Variant], Sequence["Pair"]], "Scores"]
 Costs = Mapping[int, tuple[float, float]]  # by number of experts, KL divergence and its error
 CacheOf = Callable[[int], "Cache"]  # where the errors are kept that hold for a number of experts
+Probes = Callable[["GivenImatrix"], "Probing"]  # by the source's own importance matrix
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,12 @@ class Source:
 
     def view(self, kept: Kept) -> PrunedView:
         return PrunedView(self.weights, self.model, kept)
+
+    def problem(self, weights: Weights, model: MoeModel) -> Problem:
+        """The choice of types of this model, or of a view of it."""
+        tensors, facts = model.gguf_tensors(weights.tensors), model.facts
+        problem = Problem(tensors, facts, facts.n_experts, model.weighted_matrices())
+        return replace(problem, fixed=fixed_types(self.overrides, problem))
 
 
 @dataclass(frozen=True)
@@ -132,20 +144,48 @@ class Weighing:
         return costs
 
     def weigh(
-        self, costs: Costs, where: Where, progress: Progress, cache_of: CacheOf | None = None
+        self,
+        costs: Costs,
+        where: Where,
+        progress: Progress,
+        cache_of: CacheOf | None = None,
+        probes: Probes | None = None,
     ) -> list[CountRecord]:
-        """The damage of each number of experts. Raises ArtifactError for an imatrix of another
-        model, and what measuring errors raises."""
-        shared: Errors = {}
+        """The damage of each number of experts; `probes` measure how much an error in each tensor
+        counts, on the source, which is by the table without them.
+
+        Raises ArtifactError for an imatrix of another model, and what measuring errors raises.
+        """
+        n_all = self.source.model.facts.n_experts
+        weights: Mapping[str, float] | None = None
+        whole: Errors = {}  # of all experts
+        if probes is not None:
+            weights, whole = self._measured(probes, where, progress)
+        shared: Errors = {}  # of tensors without experts, which all numbers have
         found = []
         for count, problem in self._problems.items():
             refusal = "" if problem.refusal is None else str(problem.refusal)
             record = CountRecord(count, *costs[count], problem=refusal)
             if not refusal:
+                known = {**shared, **whole} if count == n_all else shared
                 cache = None if cache_of is None else cache_of(count)
-                record, shared = problem.solved(record, shared, where, progress, cache)
+                errors = problem.errors(known, where, progress, cache)
+                record = problem.solved(record, errors, weights)
+                shared = problem.shared(errors)
             found.append(record)
         return found
+
+    def _measured(
+        self, probes: Probes, where: Where, progress: Progress
+    ) -> tuple[Mapping[str, float], Errors]:
+        """The weight of each tensor's error in the source, and errors of its types in probes."""
+        source = self.source
+        problem = source.problem(source.weights, source.model)
+        imatrix = source.matrix(problem.tensors)
+        problem = replace(problem, weighted=imatrix.imatrix.entries)
+        host = BlockMaker(source.weights, load_quantizer(0), imatrix.imatrix.entries)
+        errors = measure(host, problem.to_measure(), PROBE_TYPES, where, progress, {})
+        return probes(imatrix).sensitivities(problem, errors, progress), errors
 
 
 def size_target(target: SizeTarget, source: Source) -> SizeTarget:
@@ -157,8 +197,7 @@ def size_target(target: SizeTarget, source: Source) -> SizeTarget:
     if target.bpw is None:
         return target
     model = source.model
-    tensors = model.gguf_tensors(source.weights.tensors)
-    problem = Problem(tensors, model.facts, model.facts.n_experts, model.weighted_matrices())
+    problem = source.problem(source.weights, model)
     view = source.view(dict.fromkeys(model.facts.moe_layers, tuple(range(model.facts.n_experts))))
     header = planned_header(view, source.name, source.history) - HEADER_ROOM
     return SizeTarget(size=rounded_down(header + int(target.bpw * problem.n_weights / 8)))
@@ -178,49 +217,57 @@ class _Problem:
     @classmethod
     def of(cls, source: Source, view: PrunedView, target: SizeTarget) -> _Problem:
         """The problem, with what is known from headers."""
-        model, weighted = view.model, view.model.weighted_matrices()
-        tensors = model.gguf_tensors(view.tensors)
-        problem = Problem(tensors, model.facts, view.n_kept, weighted)
-        problem = replace(problem, fixed=fixed_types(source.overrides, problem))
+        problem = source.problem(view, view.model)
         header = planned_header(view, source.name, source.history)
         try:
-            budget_of(target, problem, model, header)
+            budget_of(target, problem, view.model, header)
         except TooSmall as error:
             return cls(view, problem, target, source, header, error)
         return cls(view, problem, target, source, header)
 
-    def solved(
-        self,
-        record: CountRecord,
-        known: Errors,
-        where: Where,
-        progress: Progress,
-        cache: Cache | None,
-    ) -> tuple[CountRecord, Errors]:
-        """The record with its types chosen, and the errors that hold for other numbers too."""
-        view, tensors = self.view, self.problem.tensors
-        imatrix = self.source.matrix(tensors).of(view.kept)
-        problem = replace(self.problem, weighted=imatrix.entries)
-        budget = budget_of(self.target, problem, view.model, self.header)
-        host = BlockMaker(view, load_quantizer(0), imatrix.entries)
-        todo = problem.to_measure()
+    @cached_property
+    def _imatrix(self) -> Imatrix:
+        """The importance matrix of the view."""
+        return self.source.matrix(self.problem.tensors).of(self.view.kept)
+
+    @property
+    def _weighted(self) -> Problem:
+        return replace(self.problem, weighted=self._imatrix.entries)
+
+    @property
+    def _budget(self) -> Budget:
+        return budget_of(self.target, self._weighted, self.view.model, self.header)
+
+    def errors(
+        self, known: Errors, where: Where, progress: Progress, cache: Cache | None
+    ) -> Errors:
+        """What each type loses of each tensor; `known` is not measured again."""
+        host = BlockMaker(self.view, load_quantizer(0), self._imatrix.entries)
+        todo, types = self.problem.to_measure(), self._budget.types
         if cache is None:
-            errors = measure(host, todo, budget.types, where, progress, known)
-        else:
-            known = {**known, **cache.load(progress.note)}
-            errors = measure(host, todo, budget.types, where, progress, known, cache.save)
-            cache.save(errors)
-        named = Named("fit", self.target.label, self.target)
-        found = fit(named, problem, errors, budget.types, budget.n_bytes)
+            return measure(host, todo, types, where, progress, known)
+        known = {**known, **cache.load(progress.note)}
+        errors = measure(host, todo, types, where, progress, known, cache.save)
+        cache.save(errors)
+        return errors
+
+    def solved(
+        self, record: CountRecord, errors: Errors, weights: Mapping[str, float] | None
+    ) -> CountRecord:
+        """The record with its types chosen."""
+        named, budget = Named("fit", self.target.label, self.target), self._budget
+        found = fit(named, self._weighted, errors, budget.types, budget.n_bytes, weights)
         n_bytes = self.header + sum(
             tensor_bytes(one.tensor, one.tensor_type) for one in found.resolved.table
         )
-        done = replace(
+        return replace(
             record,
             quantizing=found.damage,
             bits_per_weight=found.resolved.bits_per_weight,
             n_bytes=n_bytes,
         )
-        # tensors without experts are the same, whichever experts stay
-        shared = {one.name for one in todo if one.n_matrices == 1}
-        return done, {name: found for name, found in errors.items() if name in shared}
+
+    def shared(self, errors: Errors) -> Errors:
+        """Those of tensors without experts, which are the same whichever experts stay."""
+        names = {one.name for one in self.problem.to_measure() if one.n_matrices == 1}
+        return {name: found for name, found in errors.items() if name in names}

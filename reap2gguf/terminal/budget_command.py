@@ -24,9 +24,9 @@ from reap2gguf.terminal.compute_options import (
 )
 from reap2gguf.terminal.console import say_all, say_json, terminal_progress
 from reap2gguf.terminal.help import MEASURE, PRUNE, WRITE, Number, command, option
-from reap2gguf.terminal.option_types import FilePath
+from reap2gguf.terminal.option_types import FilePath, FolderPath
 from reap2gguf.terminal.pruning_options import criterion_option
-from reap2gguf.terminal.target_options import target_options
+from reap2gguf.terminal.target_options import target_options, weighed_sensitivity_option
 
 if TYPE_CHECKING:
     from reap2gguf.api.budgeting import BudgetResult
@@ -91,6 +91,15 @@ class _Counts(click.ParamType):  # type: ignore[type-arg]
     metavar="N",
     help="Read the first N chunks of 512 tokens.",
 )
+@weighed_sensitivity_option
+@option(
+    "--cache",
+    section=MEASURE,
+    type=FolderPath,
+    metavar="FOLDER",
+    help="Keep in FOLDER how much errors in tensors count, and take it from there; `recipes fit -o "
+    "FOLDER/NAME.toml` does the same.",
+)
 @compute_options
 @threads_option
 @llama_cpp_option
@@ -109,6 +118,8 @@ def recipes_budget(
     fit_context: int | None,
     text: str,
     chunks: int,
+    sensitivity: str,
+    cache: Path | None,
     follow_links: bool,
     as_json: bool,
     **compute: Any,
@@ -117,7 +128,7 @@ def recipes_budget(
 
     For each number of experts, measures what pruning costs (the KL divergence from MODEL, all
     numbers in one sweep) and predicts what quantizing to the target costs. Prints the table and
-    the number with the least sum. Writes nothing.
+    the number with the least sum. Writes nothing, but what --cache keeps.
 
     \b
     Example:
@@ -140,6 +151,8 @@ def recipes_budget(
         fit_context=fit_context,
         text=text,
         chunks=chunks,
+        sensitivity=sensitivity,
+        cache=cache,
         compute=collect_compute(compute),
         follow_links=follow_links,
         progress=terminal_progress(),

@@ -12,12 +12,12 @@ from click.core import ParameterSource
 
 from reap2gguf.choosing.names import check_candidates
 from reap2gguf.options import (
-    DEFAULT_RECIPE,
     EVALUATE_CHOICES,
     IMATRIX_FROM_CHOICES,
     BuildOptions,
     CalibrationOptions,
 )
+from reap2gguf.quantizing.named import DEFAULT_RECIPE
 from reap2gguf.terminal.compute_options import (
     check_quants_option,
     collect_compute,
@@ -40,7 +40,7 @@ from reap2gguf.terminal.help import (
 )
 from reap2gguf.terminal.option_types import FilePath, FolderPath, LabelType
 from reap2gguf.terminal.pruning_options import build_pruning_options
-from reap2gguf.terminal.target_options import sensitivity_option, target_options
+from reap2gguf.terminal.target_options import build_sensitivity_option, target_options
 
 _DEFAULTS = CalibrationOptions()
 
@@ -248,7 +248,7 @@ build_options = together(
         default_text=f"{DEFAULT_RECIPE}; none with a target size; a GGUF file keeps its types",
     ),
     target_options,
-    sensitivity_option,
+    build_sensitivity_option,
     tensor_type_option,
     label_option,
     option(

@@ -212,8 +212,9 @@ def recipes_check(
       reap2gguf recipes check Q4_K_M --set experts.down=q6_k --set attention@0-1=q8_0
     """
     import reap2gguf
-    from reap2gguf.options import BuildOptions, one_recipe
+    from reap2gguf.options import BuildOptions
     from reap2gguf.quantizing.labels import hub_note
+    from reap2gguf.quantizing.named import one_recipe
     from reap2gguf.terminal.recipe_views import check_as_json, check_lines
 
     options = BuildOptions(

@@ -9,7 +9,8 @@ import click
 
 import reap2gguf
 from reap2gguf.messages import size
-from reap2gguf.options import DEFAULT_RECIPE, CalibrationOptions
+from reap2gguf.options import CalibrationOptions
+from reap2gguf.quantizing.named import DEFAULT_RECIPE
 from reap2gguf.terminal.click_options import (
     calibration_options,
     follow_links_option,

@@ -9,8 +9,9 @@ from reap2gguf.fitting.target import (
     DEFAULT_SENSITIVITY,
     MOST_BITS,
     SENSITIVITIES,
+    WEIGHED_SENSITIVITY,
 )
-from reap2gguf.terminal.help import WRITE, Number, option, together
+from reap2gguf.terminal.help import MEASURE, WRITE, Number, option, together
 from reap2gguf.terminal.option_types import SizeType
 
 target_options = together(
@@ -46,11 +47,30 @@ target_options = together(
     ),
 )
 
+_SENSITIVITY = (
+    "How much an error in each tensor counts where types are chosen for a size: by a table of "
+    "kinds, or measured on this model, which takes an evaluation of some dozens of variants."
+)
 sensitivity_option = option(
     "--sensitivity",
     section=WRITE,
     type=click.Choice(SENSITIVITIES),
     default=DEFAULT_SENSITIVITY,
-    help="How much an error in each tensor counts where types are chosen for a size: by a table of "
-    "kinds, or measured on this model, which takes an evaluation of some dozens of variants.",
+    help=_SENSITIVITY,
+)
+build_sensitivity_option = option(
+    "--sensitivity",
+    section=WRITE,
+    type=click.Choice(SENSITIVITIES),
+    help=_SENSITIVITY,
+    default_text=f"{DEFAULT_SENSITIVITY}; {WEIGHED_SENSITIVITY} where numbers of experts are "
+    "weighed",
+)
+weighed_sensitivity_option = option(
+    "--sensitivity",
+    section=MEASURE,
+    type=click.Choice(SENSITIVITIES),
+    default=WEIGHED_SENSITIVITY,
+    help="How much an error in each tensor counts in the prediction: by a table of kinds, or "
+    "measured on MODEL, which takes an evaluation of some dozens of variants.",
 )

@@ -5,7 +5,8 @@ Rows of 64 and 32 have types with blocks of 32 alone, of which no table has to b
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from reap2gguf.api.builds import estimate
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.building import weigh_stage
 from reap2gguf.building.given import matrix_of
+from reap2gguf.building.keys import BuildKeys
 from reap2gguf.building.pipeline import BuildResult
 from reap2gguf.building.plan import make_plan
+from reap2gguf.bundle.budget import budget_of_json
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.fitting import counts, errors_table
+from reap2gguf.fitting.probing import Probing
 from reap2gguf.fitting.trading import Weighing
 from reap2gguf.gguf_files.imatrix import load_imatrix, save_gguf
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
@@ -114,6 +118,7 @@ def test_the_table_is_that_of_recipes_budget(made: Made, tmp_path: Path) -> None
         keep_experts=(6, 4),
         target_size=SIZE,
         chunks=3,
+        sensitivity="table",
         compute=CPU,
     )
     assert found.n_scored == budget.n_scored
@@ -132,6 +137,41 @@ def test_table_and_choice_are_said_and_on_the_cards(made: Made) -> None:
         assert "## Experts or bits" in card
         assert "| **6** |" in card
         assert "a file of 185.55 KiB: 6 of 8 experts stay" in card
+
+
+def test_sensitivities_are_measured_where_that_is_asked_for(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counts, "SHARES", (0.75,))
+    changes: dict[str, Any] = {"sensitivity": "measured"}
+    first = weighed_build(model, tmp_path / "out", **changes)
+    budget = first.manifest.budget
+    assert budget is not None
+    assert budget.sensitivity == "measured"
+    card = (first.gguf_folder / "README.md").read_text()
+    assert "by how much errors of its kind were measured to count in the source" in card
+    assert not reap2gguf.verify(first.gguf_folder).violations
+    by_table = weighed_build(model, tmp_path / "other", sensitivity=None).manifest.budget
+    assert by_table is not None
+    assert by_table.sensitivity == "table"  # the default here
+    (one,), (other,) = budget.counts, by_table.counts
+    assert (one.pruning, one.n_bytes) == (other.pruning, pytest.approx(other.n_bytes, rel=0.01))
+    assert one.quantizing != other.quantizing
+    # another size of the same experts measures nothing again
+    monkeypatch.setattr(Probing, "_measured", lambda *_: pytest.fail("measured again"))
+    more = weighed_build(model, tmp_path / "out", target_size=SIZE - 10_000, **changes)
+    assert more.manifest.budget.sensitivity == "measured"
+
+
+def test_the_way_to_predict_is_a_part_of_what_was_asked(model: Path, tmp_path: Path) -> None:
+    ways = (None, "table", "measured")
+    plans = [make_plan(weighed_options(model, tmp_path, sensitivity=way)) for way in ways]
+    keys = [BuildKeys(plan).inputs.base for plan in plans]
+    assert keys[0] == keys[1] != keys[2]
+    seconds = [estimate(plan).stages["weigh"] for plan in plans]
+    assert seconds[0] == seconds[1] < seconds[2]
+    # types of the file are chosen by what is measured, unless the table is asked for
+    assert [plan.sized.n_probes > 0 for plan in plans if plan.sized] == [True, False, True]
 
 
 def test_a_named_number_makes_the_same_tensors(made: Made, tmp_path: Path) -> None:
@@ -344,6 +384,13 @@ def test_a_record_against_its_pruning(made: Made) -> None:
     counts = [
         replace(one, pruning=0.0 if one.n_experts == 4 else 9.0) for one in manifest.budget.counts
     ]
+    text = json.dumps(asdict(manifest.budget))
+    assert budget_of_json(json.loads(text)) == manifest.budget
+    older = json.loads(text)
+    del older["sensitivity"]  # of a program before it was recorded
+    assert budget_of_json(older) == manifest.budget
+    with pytest.raises(ValueError, match="sensitivity is 'felt', expected table or measured"):
+        budget_of_json({**older, "sensitivity": "felt"})
     other = replace(manifest, budget=replace(manifest.budget, counts=counts, method="magic"))
     assert [*check_budget(other)] == [
         "reap2gguf.json: pruning.n_kept is 6, expected 4, with the least damage",

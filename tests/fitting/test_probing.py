@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGMLQuantizationType as Type
 
 import reap2gguf
 from reap2gguf.api.builds import estimate
@@ -71,6 +72,22 @@ def test_a_probe_for_each_kind_in_each_band_of_layers(tmp_path: Path) -> None:
     assert {*names} == trunk  # an MTP block takes no part in the answers
     for probe in probes:
         assert len({probing.kind_of(name) for name in probe.types}) == 1
+
+
+def test_what_was_kept_of_a_probe_is_not_that_of_one_with_fewer_tensors(tmp_path: Path) -> None:
+    """Tensors with types of their own are no choice: the same kind has fewer tensors then."""
+    model = TinyQwen3Moe(n_layers=8).write(tmp_path / "tiny")
+    with Checkpoint.open(model) as checkpoint:
+        described = describe(checkpoint)
+        tensors = described.gguf_tensors(checkpoint.tensors)
+    facts, weighted = described.facts, {tensor.name for tensor in tensors}
+    whole = Problem(tensors, facts, facts.n_experts, weighted)
+    fewer = replace(whole, fixed={"blk.0.ffn_up_exps.weight": Type.Q8_0})
+    named = [{one.name: {*one.types} for one in probes_of(p, facts)} for p in (whole, fewer)]
+    assert {*named[0]} - {*named[1]} == {"ffn_up_exps.weight in layers [01]"}
+    assert {*named[1]} - {*named[0]} == {"ffn_up_exps.weight in layers 1"}
+    for name in {*named[0]} & {*named[1]}:
+        assert named[0][name] == named[1][name]
 
 
 def test_no_probe_for_what_only_stays_as_it_is_stored(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from click.testing import CliRunner
 
 import reap2gguf
 from reap2gguf.cli import cli
-from reap2gguf.errors import ArtifactError, UsageError
-from reap2gguf.fitting import errors_table
+from reap2gguf.errors import ArtifactError, OutputError, UsageError
+from reap2gguf.fitting import errors_table, trading
+from reap2gguf.fitting.probing import Probing
 from reap2gguf.gguf_files.imatrix import save_gguf
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from tests.building.builds import PROSE
@@ -119,6 +120,59 @@ def test_tensors_without_experts_are_measured_once(
     assert names.count("blk.0.ffn_up_exps.weight") == 3
 
 
+def test_measured_sensitivities_weigh_the_same_errors(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all experts it is what `fit` makes with the weights that are measured on the source; of
+    fewer it is the same with errors of the view."""
+    asked: list[Any] = []
+    sensitivities, chosen = Probing.sensitivities, trading.fit
+
+    def measured(self: Probing, problem: Any, errors: Any, progress: Any) -> Any:
+        asked.append(sensitivities(self, problem, errors, progress))
+        return asked[-1]
+
+    def fitted(*arguments: Any) -> Any:
+        asked.append(arguments[-1])
+        return chosen(*arguments)
+
+    monkeypatch.setattr(Probing, "sensitivities", measured)
+    monkeypatch.setattr(trading, "fit", fitted)
+    found = parts.weigh(sensitivity="measured", cache=tmp_path, keep_experts=(8, 6))
+    assert len(asked) == 3  # measured once, for both numbers
+    assert asked[0] == asked[1] == asked[2]
+    by_table = parts.weigh(keep_experts=(8, 6))
+    for one, other in zip(found.candidates, by_table.candidates, strict=True):
+        assert one.pruning == other.pruning
+        assert one.quantizing != other.quantizing
+    assert asked[3] is None
+
+
+def test_what_was_measured_is_that_of_recipes_fit(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OutputError, match="create it first"):
+        parts.weigh(sensitivity="measured", cache=tmp_path / "kept")
+    (tmp_path / "kept").mkdir()
+    parts.weigh(sensitivity="measured", cache=tmp_path / "kept", keep_experts=(6,))
+    (kept,) = (tmp_path / "kept").iterdir()
+    assert kept.name == "tiny.sensitivities.json"
+    before = kept.read_bytes()
+    monkeypatch.setattr(Probing, "_measured", lambda *_: pytest.fail("measured again"))
+    recipe = tmp_path / "kept" / "x.toml"
+    reap2gguf.fit_recipe(
+        parts.model, recipe, imatrix=parts.imatrix, target_size=SIZE, device="cpu", threads=2
+    )
+    parts.weigh(sensitivity="measured", cache=tmp_path / "kept", keep_experts=(8, 4))
+    assert kept.read_bytes() == before
+
+
+def test_nothing_is_written_without_a_cache(parts: Parts) -> None:
+    before = {*parts.model.parent.rglob("*")}
+    parts.weigh(sensitivity="measured", keep_experts=(6,), chunks=2)
+    assert {*parts.model.parent.rglob("*")} == before
+
+
 def test_what_does_not_fit_is_said(parts: Parts) -> None:
     found = parts.weigh(target_size=125_000, chunks=2)
     whole = found.candidates[0]
@@ -136,6 +190,8 @@ def test_what_is_refused(parts: Parts, tmp_path: Path) -> None:
         parts.weigh(keep_experts=())
     with pytest.raises(UsageError, match="pass a target"):
         parts.weigh(target_size=None)
+    with pytest.raises(UsageError, match="sensitivity is 'guessed'"):
+        parts.weigh(sensitivity="guessed")
     other = TinyQwen3Moe(seed=1).write(tmp_path / "other")
     with pytest.raises(ArtifactError, match="of another checkpoint"):
         Parts(other, parts.observations, parts.imatrix).weigh()
@@ -144,6 +200,7 @@ def test_what_is_refused(parts: Parts, tmp_path: Path) -> None:
 def test_the_command(parts: Parts) -> None:
     base = ["recipes", "budget", parts.model, "--observations", parts.observations]
     base += ["--imatrix", parts.imatrix, "--chunks", "2", "--device", "cpu"]
+    base += ["--sensitivity", "table"]
     sized = [*base, "--target-size", "125000B"]
     text = run(*sized).output
     assert "does not fit" in text

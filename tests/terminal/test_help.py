@@ -10,8 +10,8 @@ from click.testing import CliRunner
 
 from reap2gguf.cli import cli
 from reap2gguf.errors import ParameterError
-from reap2gguf.options import one_recipe
 from reap2gguf.pruning.counts import check_asked
+from reap2gguf.quantizing.named import one_recipe
 from reap2gguf.terminal.help import COMMAND_HEADINGS, SECTIONS, Command, Number, typed
 from tests.test_cli import all_commands, run
 

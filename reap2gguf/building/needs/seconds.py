@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING
 
 from gguf import GGMLQuantizationType
 
+from reap2gguf.building.needs.file_seconds import (
+    MEMORY_BYTES,
+    export_seconds,
+    verify_seconds,
+)
 from reap2gguf.building.needs.scoring import CHUNK, WEIGHED_TOKENS, chosen_tokens, planned_chunks
 from reap2gguf.building.needs.scoring import weighed_variants as _weighed_variants
-from reap2gguf.fitting.target import PROBE_TOKENS
+from reap2gguf.fitting.target import MEASURED, PROBE_TOKENS
 from reap2gguf.merging.limits import merged_layers
 from reap2gguf.observing.linear_attention import installed_version
 from reap2gguf.quantizing.kernels.gpu_kernels import FORMS
-from reap2gguf.verifying.exactness import QUICK_TYPES
 
 if TYPE_CHECKING:
     from reap2gguf.building.needs.amount import Amount
@@ -48,34 +52,6 @@ _FINISH = 1.8  # pictures, cards, manifest and names; then the program ends
 _GPU_START = 2.5  # CUDA, and kernels that are compiled
 _TOKENIZE = 1.2e-6  # per token of local text
 _RENDER = 5e-6  # per token of chat samples, read from the Hub
-_EXPORT = 2.4e-9  # per weight and core: to read, check and store
-_READ_AGAIN = 1.2e-9  # per weight and core: for verification
-_COMPARED = 0.5e-9  # per weight and core: bytes, and a sample of the values
-_BOUNDS = 3e-9  # per weight and core: verified within bounds
-# Weights per second that an H100 quantizes (bench/kernels.py), and types that were not measured.
-_GPU_QUANTIZED = {
-    "Q4_0": 80e9,
-    "Q4_1": 34e9,
-    "Q5_0": 75e9,
-    "Q5_1": 31e9,
-    "Q8_0": 83e9,
-    "Q2_K": 14e9,
-    "Q3_K": 22e9,
-    "Q4_K": 19e9,
-    "Q5_K": 19e9,
-    "Q6_K": 27e9,
-    "IQ4_NL": 40e9,
-    "IQ4_XS": 40e9,
-    "IQ3_S": 4e9,
-    "IQ3_XXS": 2.6e9,
-    "IQ2_S": 6e9,
-    "IQ2_XS": 1.4e9,
-    "IQ2_XXS": 2.6e9,
-}
-_GPU_UNMEASURED = 1e9
-_STORED_BYTES = 2  # of a weight, on its way to the GPU
-_BUS_BYTES = 2e10  # per second, to the GPU and back
-_MEMORY_BYTES = 5e9  # per second, to copy or compare what is in memory
 _HELD_BACK = 0.1  # of the memory that is free: what Linux does not write to a disk at once
 _DEQUANTIZE = 0.5e-9  # per weight and core
 _COMPARED = 8e-9  # to read a sampled weight of one type back, and to add its error up
@@ -130,46 +106,27 @@ def stage_seconds(
     `recipes` are those of the plan whose files are made; `pays_on_gpu`: a GPU, where there is one,
     quantizes them.
     """
-    python, speed, source = host.speed.python, host.speed, plan.checkpoint
-    found = dict.fromkeys(STAGES, 0.0)
-    found["start"] = python * (_IMPORTS + 2 * _PER_TENSOR * len(source.tensors))
-    if plan.reads_texts:
-        found["texts"] = _texts(plan, amount, host)
-    # the first pass reads the weights from the disk; later ones find what stays in memory
-    reading = _read_seconds(source.n_stored_bytes, host, is_first=True)
-    waiting = max(reading, source.unfetched_bytes / host.download_bytes)
-    if plan.observes:
-        passing = _pass(plan, sizes, amount.n_tokens, amount, host)
-        if plan.takes_sums:
-            passing *= _IMATRIX if host.gpu_factor is None else _IMATRIX_ON_GPU
-        spooling = _spooling(plan, amount.n_tokens, amount, disk, host)
-        found["observe"] = max(passing, waiting, spooling) + python * _FIRST_PASS
-        found["observe"] += _GPU_START if host.gpu_factor is not None else 0.0
-        waiting = _read_seconds(plan.pruned.n_bytes, host)
-    if plan.merges:
-        found["merge"] = max(_merge(plan, sizes, amount, host), waiting) + python * _FIRST_PASS
-    if plan.repairs:
-        found["repair"] = max(_repair(plan, sizes, amount, host), waiting) + python * _FIRST_PASS
-    found["weigh"] = _weigh(plan, sizes, amount, host)
-    found["choose"] = _choose(plan, sizes, amount, host)
-    if plan.writes_hf:
-        copied = plan.hf_bytes
-        found["prune"] = copied / speed.write_bytes + _read_seconds(copied, host) / 2
-    if plan.computes_imatrix:
-        passing = _pass(plan, sizes, amount.n_chunk_tokens, amount, host)
-        passing *= _IMATRIX if host.gpu_factor is None else _IMATRIX_ON_GPU
-        spooling = _spooling(plan, amount.n_chunk_tokens, amount, disk, host)
-        found["imatrix"] = max(passing, waiting, spooling) + python * _PASS
-    else:
-        found["imatrix"] = python * _GIVEN
-    if plan.sized is not None:
-        found["fit"] = _fit(plan.sized, host) + _probe(plan, sizes, amount, host)
+    python = host.speed.python
+    waiting = _waiting(plan, host, is_first=not plan.observes)
+    begun = python * _FIRST_PASS
     gpu_factor = host.gpu_factor if pays_on_gpu else None
-    found["export"] = _export(recipes, host, gpu_factor)
-    found["verify"] = _verify(plan, recipes, sizes, disk, host, gpu_factor)
-    found["evaluate"] = _evaluate(plan, sizes, amount, recipes, host)
-    found["finish"] = python * _FINISH + disk.gguf / speed.hash_bytes / host.parallel * 0.1
-    return found
+    found = {
+        "start": python * (_IMPORTS + 2 * _PER_TENSOR * len(plan.checkpoint.tensors)),
+        "texts": _texts(plan, amount, host),
+        "observe": _observe(plan, sizes, amount, disk, host),
+        "weigh": _weigh(plan, sizes, amount, host),
+        "choose": _choose(plan, sizes, amount, host),
+        "merge": max(_merge(plan, sizes, amount, host), waiting) + begun if plan.merges else 0.0,
+        "repair": max(_repair(plan, sizes, amount, host), waiting) + begun if plan.repairs else 0.0,
+        "prune": _prune(plan, host),
+        "imatrix": _imatrix(plan, sizes, amount, disk, host, waiting),
+        "fit": _fitted(plan, sizes, amount, host),
+        "export": export_seconds(recipes, host, gpu_factor),
+        "verify": verify_seconds(plan, recipes, sizes, disk, host, gpu_factor),
+        "evaluate": _evaluate(plan, sizes, amount, recipes, host),
+        "finish": python * _FINISH + disk.gguf / host.speed.hash_bytes / host.parallel * 0.1,
+    }
+    return {name: found[name] for name in STAGES}
 
 
 def critical_path(stages: Mapping[str, float], host: Host, waits: bool = False) -> float:
@@ -190,7 +147,21 @@ def critical_path(stages: Mapping[str, float], host: Host, waits: bool = False) 
     return alone + max(imatrix, prune) + export
 
 
+def _waiting(plan: Plan, host: Host, is_first: bool) -> float:
+    """Seconds that a pass waits for weights.
+
+    The first one reads them from the disk, or the Hub; later ones find what stays in memory.
+    """
+    if not is_first:
+        return _read_seconds(plan.pruned.n_bytes, host)
+    source = plan.checkpoint
+    reading = _read_seconds(source.n_stored_bytes, host, is_first=True)
+    return max(reading, source.unfetched_bytes / host.download_bytes)
+
+
 def _texts(plan: Plan, amount: Amount, host: Host) -> float:
+    if not plan.reads_texts:
+        return 0.0
     on_hub = not all(one.is_local for one in plan.calibration.components)
     per_token = _RENDER if on_hub else _TOKENIZE
     n_tokens = amount.n_tokens + amount.n_chunk_tokens
@@ -200,7 +171,7 @@ def _texts(plan: Plan, amount: Amount, host: Host) -> float:
 def _read_seconds(n_bytes: int, host: Host, is_first: bool = False) -> float:
     """To read weights: from the disk, or from memory where they were read before."""
     in_memory = 0 if is_first else min(n_bytes, host.page_cache)
-    return (n_bytes - in_memory) / host.speed.read_bytes + in_memory / _MEMORY_BYTES
+    return (n_bytes - in_memory) / host.speed.read_bytes + in_memory / MEMORY_BYTES
 
 
 def _pass(plan: Plan, sizes: Sizes, n_tokens: int, amount: Amount, host: Host) -> float:
@@ -228,6 +199,39 @@ def _spooling(plan: Plan, n_tokens: int, amount: Amount, disk: DiskNeeds, host: 
     return (
         share * disk.spool * ceil(plan.model.facts.n_blocks / disk.depth) / host.speed.write_bytes
     )
+
+
+def _observe(plan: Plan, sizes: Sizes, amount: Amount, disk: DiskNeeds, host: Host) -> float:
+    """The pass that observes the experts; it is the first one."""
+    if not plan.observes:
+        return 0.0
+    passing = _pass(plan, sizes, amount.n_tokens, amount, host)
+    if plan.takes_sums:
+        passing *= _IMATRIX if host.gpu_factor is None else _IMATRIX_ON_GPU
+    spooling = _spooling(plan, amount.n_tokens, amount, disk, host)
+    waiting = _waiting(plan, host, is_first=True)
+    starting = host.speed.python * _FIRST_PASS + (0.0 if host.gpu_factor is None else _GPU_START)
+    return max(passing, waiting, spooling) + starting
+
+
+def _prune(plan: Plan, host: Host) -> float:
+    """The safetensors, which a later stage reads again meanwhile."""
+    if not plan.writes_hf:
+        return 0.0
+    copied = plan.hf_bytes
+    return copied / host.speed.write_bytes + _read_seconds(copied, host) / 2
+
+
+def _imatrix(
+    plan: Plan, sizes: Sizes, amount: Amount, disk: DiskNeeds, host: Host, waiting: float
+) -> float:
+    """The pass for the importance matrix, which may wait for weights; or a given one."""
+    if not plan.computes_imatrix:
+        return host.speed.python * _GIVEN
+    passing = _pass(plan, sizes, amount.n_chunk_tokens, amount, host)
+    passing *= _IMATRIX if host.gpu_factor is None else _IMATRIX_ON_GPU
+    spooling = _spooling(plan, amount.n_chunk_tokens, amount, disk, host)
+    return max(passing, waiting, spooling) + host.speed.python * _PASS
 
 
 def _repair(plan: Plan, sizes: Sizes, amount: Amount, host: Host) -> float:
@@ -303,7 +307,9 @@ def _weigh(plan: Plan, sizes: Sizes, amount: Amount, host: Host) -> float:
     passing = _scoring(plan, sizes, amount, n_variants, WEIGHED_TOKENS, host)
     passing = max(passing, _read_seconds(plan.checkpoint.n_bytes, host))
     fitting = len(plan.counts) * _fit(plan.sized, host)
-    return passing + host.speed.python * n_variants * _PASS + fitting
+    is_measured = plan.options.weigh_sensitivity == MEASURED
+    probing = _probe(plan, sizes, amount, host) if is_measured else 0.0
+    return passing + host.speed.python * n_variants * _PASS + fitting + probing
 
 
 def _probe(plan: Plan, sizes: Sizes, amount: Amount, host: Host) -> float:
@@ -328,13 +334,11 @@ def _scoring(
     return passing + flops / (_EFFICIENCY * host.speed.flops) / host.parallel
 
 
-def _quantized(recipes: Recipes) -> dict[tuple[str, GGMLQuantizationType], int]:
-    """Weights of each tensor and type: every tensor is quantized once per type."""
-    return {
-        (entry.tensor.name, entry.tensor_type): prod(entry.tensor.shape)
-        for recipe in recipes
-        for entry in recipe.table
-    }
+def _fitted(plan: Plan, sizes: Sizes, amount: Amount, host: Host) -> float:
+    """The types of a file for a size, and how much an error in each tensor counts."""
+    if plan.sized is None:
+        return 0.0
+    return _fit(plan.sized, host) + _probe(plan, sizes, amount, host)
 
 
 def _fit(sized: SizedFile, host: Host) -> float:
@@ -346,71 +350,3 @@ def _fit(sized: SizedFile, host: Host) -> float:
             seconds += host.speed.quantize_seconds(kind, n_values)
         tables += host.speed.table_seconds(kind) if n_values else 0.0
     return seconds / host.parallel + tables + _CHOOSING * host.speed.python
-
-
-def _export(recipes: Recipes, host: Host, gpu_factor: float | None) -> float:
-    """Every tensor is read once, and quantized once per type."""
-    types = _quantized(recipes)
-    weights = {name: n for (name, _), n in types.items()}
-    seconds = _EXPORT * sum(weights.values()) * host.speed.python / host.parallel
-    written = sum(recipe.n_bytes for recipe in recipes)
-    on_cpu, on_gpu = _quantizing(types, written, host, gpu_factor)
-    seconds += on_cpu / host.parallel
-    return max(seconds, on_gpu, written / host.speed.write_bytes) + _tables(types, host)
-
-
-def _quantizing(
-    types: Mapping[tuple[str, GGMLQuantizationType], int],
-    n_bytes: int,
-    host: Host,
-    gpu_factor: float | None,
-) -> tuple[float, float]:
-    """Seconds of one core, and of a GPU, which gets weights once and returns `n_bytes` at most."""
-    on_cpu, on_gpu = 0.0, 0.0
-    sent: dict[str, int] = {}
-    for (name, kind), n_weights in types.items():
-        if gpu_factor is not None and kind in FORMS:
-            rate = _GPU_QUANTIZED.get(kind.name, _GPU_UNMEASURED)
-            on_gpu += n_weights / rate * gpu_factor
-            sent[name] = n_weights
-        else:
-            on_cpu += host.speed.quantize_seconds(kind, n_weights)
-    moved = _STORED_BYTES * sum(sent.values()) + (n_bytes if sent else 0)
-    return on_cpu, max(on_gpu, moved / _BUS_BYTES)
-
-
-def _tables(types: Mapping[tuple[str, GGMLQuantizationType], int], host: Host) -> float:
-    """Tables that are made while all other threads wait."""
-    return sum(host.speed.table_seconds(kind) for kind in {kind for _, kind in types})
-
-
-def _verify(
-    plan: Plan,
-    recipes: Recipes,
-    sizes: Sizes,
-    disk: DiskNeeds,
-    host: Host,
-    gpu_factor: float | None,
-) -> float:
-    """Both formats are read back and compared; most types are quantized again, once.
-
-    With `gpu_factor` a GPU does that for the types that it has kernels for, beside the processor.
-    """
-    speed = host.speed
-    exact = sizes.exact(host.gpu_factor is not None)
-    weights = {name: n for (name, _), n in _quantized(recipes).items()}
-    seconds = _READ_AGAIN * sum(weights.values()) * speed.python
-    again: dict[tuple[str, GGMLQuantizationType], int] = {}
-    for recipe in recipes:
-        for entry in recipe.table:
-            n_weights = prod(entry.tensor.shape)
-            if recipe.name in exact or entry.tensor_type in QUICK_TYPES:
-                again[entry.tensor.name, entry.tensor_type] = n_weights
-                seconds += _COMPARED * n_weights * speed.python
-            else:
-                seconds += _BOUNDS * n_weights * speed.python
-    on_cpu, on_gpu = _quantizing(again, disk.gguf, host, gpu_factor)
-    seconds += on_cpu
-    hashing = (disk.hf + disk.gguf) / speed.hash_bytes
-    comparing = 2 * plan.hf_bytes / _MEMORY_BYTES
-    return max((seconds + hashing) / host.parallel, on_gpu) + comparing
