@@ -113,9 +113,7 @@ def check_labels(labels: object) -> dict[str, str]:
         found = dict(labels)
         if all(isinstance(text, str) for entry in found.items() for text in entry):
             return found
-    raise ParameterError(
-        f"labels is {labels!r}, expected a mapping from recipes to labels", "labels"
-    )
+    raise ParameterError(f"labels is {labels!r}, expected labels by recipe", "labels")
 
 
 @dataclass(frozen=True)
@@ -156,9 +154,7 @@ def split_recipes(recipe: object) -> list[str]:
         return [name]
     names = [part.strip() for part in name.split(",")]
     if "" in names:
-        raise ParameterError(
-            f"recipe is {name!r}, expected names with commas between them", "recipe"
-        )
+        raise ParameterError(f"recipe is {name!r}, expected names with commas between", "recipe")
     return names
 
 
@@ -177,9 +173,7 @@ def one_recipe(recipe: object) -> str:
 def check_recipe(recipe: object) -> str:
     """A recipe's name or path as text. Raise UsageError if it is neither."""
     if not isinstance(recipe, str | os.PathLike):
-        raise ParameterError(
-            f"recipe is {recipe!r}, expected the name or path of a recipe", "recipe"
-        )
+        raise ParameterError(f"recipe is {recipe!r}, expected the name or path of one", "recipe")
     return str(recipe)
 
 
