@@ -78,8 +78,8 @@ def weigh_budget(
     check_number("chunks", chunks, 2)
     compute = given_or_new("compute", compute, ComputeOptions)
     seen, given = check_path("observations", observations), check_path("imatrix", imatrix)
-    shown = to_progress(progress)
-    with open_named(model, shown, follow_links=follow_links) as opened:
+    reports = to_progress(progress)
+    with open_named(model, reports, follow_links=follow_links) as opened:
         opened.check_tokenizer()
         facts, folder = opened.model.facts, opened.source.folder
         counts = _counts(facts, keep_experts)
@@ -90,8 +90,8 @@ def weigh_budget(
             lambda tensors: read_imatrix(given, tensors, facts.n_experts, facts.mtp_layer),
         )
         choices = _choices(opened.checkpoint, facts, seen, counts, method)
-        label, content = read_text(text, shown.note)
-        size = fitting_chunk(_CHUNK, facts.context_length, shown.note)
+        label, content = read_text(text, reports.note)
+        size = fitting_chunk(_CHUNK, facts.context_length, reports.note)
         cut = cut_text(label, content, Tokenizer(folder), facts.vocab_size, size, chunks)
         where = Where(compute.device, compute.threads)
         weighing = Weighing(source, choices, target)
@@ -99,9 +99,9 @@ def weigh_budget(
         from reap2gguf.evaluating.engine import evaluate_variants  # loads torch
 
         costs = weighing.costs(
-            lambda variants, pairs: evaluate_variants(variants, cut.rows, pairs, compute, shown)
+            lambda variants, pairs: evaluate_variants(variants, cut.rows, pairs, compute, reports)
         )
-        found = weighing.weigh(costs, where, shown)
+        found = weighing.weigh(costs, where, reports)
     return BudgetResult(tuple(found), best_of(found), cut.record.n_scored)
 
 

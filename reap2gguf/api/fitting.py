@@ -76,7 +76,7 @@ def fit_recipe(
     from reap2gguf.fitting.fitted import Named, Problem
     from reap2gguf.fitting.fitted import fit as choose_types
     from reap2gguf.fitting.solving import Measuring, beyond, budget_of
-    from reap2gguf.fitting.target import SizeTarget
+    from reap2gguf.fitting.target import SizeTarget, context_note
     from reap2gguf.quantizing.recipe import check_label
 
     output, given = output_file(output), check_path("imatrix", imatrix)
@@ -96,6 +96,9 @@ def fit_recipe(
         tensors = opened.model.gguf_tensors(opened.checkpoint.tensors)
         read = read_imatrix(given, tensors)
         facts = opened.model.facts
+        if target.card and fit_context is not None and target.context > facts.context_length:
+            shown.note(context_note(target, facts.context_length))
+        target = target.within(facts.context_length)
         problem = Problem(tensors, facts, facts.n_experts, read.imatrix.entries)
         header = _header_bytes(opened, output.stem, read)
         budget = budget_of(target, problem, opened.model, header + _room(opened))

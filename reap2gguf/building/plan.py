@@ -6,29 +6,25 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from reap2gguf.building.as_stored import (
-    check_gguf_options,
-    is_sliced,
-    recipes_of,
-    tokenizer_notes,
-)
+from reap2gguf.building.as_stored import is_sliced, recipes_of, tokenizer_notes
 from reap2gguf.building.asked import read_options
 from reap2gguf.building.given import (
     GivenImatrix,
     GivenObservations,
-    check_given_minimum,
     given_imatrix,
     keep_given,
     read_observations,
 )
-from reap2gguf.building.given_kept import (
-    GivenKept,
-    given_kept_of,
-)
-from reap2gguf.building.history import History, read_history
 from reap2gguf.building.naming import bundle_name
+from reap2gguf.building.plan_checks import (
+    check_changes,
+    check_choice_of_experts,
+    check_texts,
+    check_types,
+)
 from reap2gguf.building.plan_sides import planned_side_files
-from reap2gguf.building.sized import SizedFile, other_labels, with_sized
+from reap2gguf.building.sized import SizedFile, other_labels, with_sized, within_context
+from reap2gguf.building.sliced_files import sliced_files
 from reap2gguf.building.weighed import Opened, asked_target, check_matrix, with_first_experts
 from reap2gguf.bundle.layout import BundleFolders, model_file, side_file
 from reap2gguf.bundle.manifest import NO_METHOD
@@ -41,7 +37,7 @@ from reap2gguf.bundle.options_record import (
     OBSERVATIONS_OPTION,
     InputRecord,
 )
-from reap2gguf.calibration.sources import check_calibration, local_hashes
+from reap2gguf.calibration.sources import local_hashes
 from reap2gguf.choosing.names import (
     AUTO,
     BEST_REPAIRED,
@@ -50,20 +46,19 @@ from reap2gguf.choosing.names import (
     split_name,
 )
 from reap2gguf.choosing.repaired import why_not_repaired
-from reap2gguf.errors import UsageError
-from reap2gguf.gguf_files.imatrix_coverage import check_coverage
 from reap2gguf.hub.opened import resolve_model
 from reap2gguf.hub.retry import Note, ignore_note
-from reap2gguf.merging.limits import check_merge
 from reap2gguf.models.description import Dropped, SideFile
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
+from reap2gguf.pruning.given_kept import (
+    GivenKept,
+    given_kept_of,
+)
+from reap2gguf.pruning.history import History, read_history
 from reap2gguf.pruning.methods import GIVEN, GROUP_SIZE, METHODS, is_from_weights, merges
-from reap2gguf.pruning.protection import check_protection
-from reap2gguf.quantizing.ik.workers import check_installed
 from reap2gguf.quantizing.labels import LabelledFile, label_warnings
-from reap2gguf.quantizing.minimum import check_needed
-from reap2gguf.repairing.limits import check_repair
+from reap2gguf.quantizing.source_blocks import note_blocks
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.budget import BudgetRecord
@@ -213,7 +208,7 @@ class Plan:
     @property
     def n_variants(self) -> int:
         """How many forms of the model an evaluation compares: source, pruned, and every file."""
-        return 1 + self.writes_hf + len(self.recipes)
+        return 1 + (self.target.prunes and not self.slices) + len(self.recipes)
 
     @property
     def writes_hf(self) -> bool:
@@ -273,6 +268,13 @@ class Plan:
     def gguf_name(self, recipe: ResolvedRecipe) -> str:
         return model_file(self.name, recipe.label)
 
+    def file_sizes(self, recipe: ResolvedRecipe) -> list[int]:
+        """Bytes of a file, or of each part: its tensors', with the header where all are copied."""
+        if not self.slices:
+            return [recipe.n_bytes]
+        files = sliced_files(self, self.pruned, self.options.output).files
+        return [file.start.n_bytes for file in files]
+
     def side_name(self, side: SideFile) -> str:
         return side_file(side.prefix, self.name)
 
@@ -321,44 +323,17 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     """
     asked = read_options(options, other_labels(options))
     source = resolve_model(options.model, note, options.follow_links)
-    checkpoint = _as_asked(source.open(note), options, note)
-    model = describe(checkpoint, keep_mtp=options.mtp == "prune")
-    check_with_transformers(model)
-    caveats = tokenizer_notes(checkpoint, model)
+    opened, caveats = _opened(source, options, note)
+    checkpoint, model = opened.checkpoint, opened.model
     given_kept = given_kept_of(options, model.facts)
-    opened = Opened(checkpoint, model, source.short_name)
-    options, counts, target = asked_target(options, opened)
+    asked_for = within_context(options, model.facts, note)
+    options, counts, target = asked_target(asked_for, opened)
     if given_kept is not None:
         target = given_kept.target
-    check_gguf_options(options, checkpoint, target, note)
-    if options.repair != "none":
-        check_repair(checkpoint, model, target.prunes)
-    if options.dequantize and not target.prunes:
-        raise UsageError(
-            "--dequantize: no expert is removed, so no safetensors are written; leave it out, or "
-            "pass --keep-experts"
-        )
+    check_changes(options, opened, target, note)
     pruned = with_first_experts(checkpoint, model, target)
     tensors = pruned.model.gguf_tensors(pruned.tensors)
     recipes = recipes_of(asked.recipes, checkpoint, model, tensors, target, options)
-    name = bundle_name(options, source, target, note)
-    folders = BundleFolders(options.output, name)
-    keep_given(folders, (options.kept, options.observations, options.imatrix), target.prunes)
-    observations = _observations(options, checkpoint, model, target)
-    seen = None if observations is None else observations.seen
-    if merges(options.method) and given_kept is None:
-        how = options.method, target, options.protection, options.group_size or GROUP_SIZE
-        check_merge(checkpoint, model, *how)
-    elif target.prunes and given_kept is None:
-        check_protection(options.protection, seen, options.method, target, model.facts)
-    if counts:
-        check_matrix(options, opened, observations)
-    imatrix = given_imatrix(options, model.facts, tensors, observations)
-    weighted = pruned.model.weighted_matrices() if imatrix is None else imatrix.imatrix.entries
-    sized, recipes = with_sized(options, source.label, name, pruned, weighted, recipes)
-    sides = planned_side_files(model, checkpoint)
-    for line in (line for side in sides for line in side.notes):
-        note(line)
     plan = Plan(
         options=options,
         calibration=asked.calibration,
@@ -366,33 +341,30 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         checkpoint=checkpoint,
         model=model,
         target=target,
-        name=name,
+        name=_name(options, source, target, note),
         pruned=pruned,
         recipes=recipes,
-        side_files=sides,
+        side_files=(),
         files=asked.files,
         tokenizer_caveats=caveats,
-        history=read_history(checkpoint, model.facts, note),
+        history=opened.history,
         given_kept=given_kept,
-        observations=observations,
-        imatrix=imatrix,
-        sized=sized,
         counts=counts,
     )
-    check_installed(recipes)
-    for recipe in () if plan.slices else recipes:
-        why = "none is computed for it" if imatrix is None else f"{imatrix.file} has none for it"
-        check_needed(recipe, plan.weighted, why)
-    if imatrix is not None:
-        check_coverage(imatrix.coverage, str(options.imatrix or options.observations))
-        check_given_minimum(recipes, imatrix, None)
-        for line in imatrix.notes:
-            note(line)
-    if plan.reads_texts:
-        source.make_tokenizer()
-    if plan.reads_calibration and not asked.is_checked:
-        check_calibration(plan.calibration, plan.files)
+    plan = _with_files(_with_given(plan, opened), opened, note)
+    check_types(plan, note)
+    check_texts(plan, asked.is_checked)
     return plan
+
+
+def _opened(source: Source, options: BuildOptions, note: Note) -> tuple[Opened, tuple[str, ...]]:
+    """The model before pruning, and what a user should know of its tokenizer."""
+    checkpoint = _as_asked(source.open(note), options, note)
+    model = describe(checkpoint, keep_mtp=options.mtp == "prune")
+    check_with_transformers(model)
+    caveats = tokenizer_notes(checkpoint, model)
+    history = read_history(checkpoint, model.facts, note)
+    return Opened(checkpoint, model, source.short_name, history), caveats
 
 
 def _as_asked(checkpoint: Checkpoint, options: BuildOptions, note: Note) -> Checkpoint:
@@ -402,6 +374,38 @@ def _as_asked(checkpoint: Checkpoint, options: BuildOptions, note: Note) -> Chec
     if checkpoint.decoding is None:
         note(f"--dequantize: {checkpoint.folder.name} is not quantized, so it changes nothing")
     return checkpoint.dequantized()
+
+
+def _name(options: BuildOptions, source: Source, target: Target, note: Note) -> str:
+    """The name of the bundle, which replaces none of the given files."""
+    name = bundle_name(options, source, target, note)
+    folders = BundleFolders(options.output, name)
+    keep_given(folders, (options.kept, options.observations, options.imatrix), target.prunes)
+    return name
+
+
+def _with_given(plan: Plan, opened: Opened) -> Plan:
+    """The plan with the files that take the place of stages, and a check that they can."""
+    options, target = plan.options, plan.target
+    observations = _observations(options, plan.checkpoint, plan.model, target)
+    if plan.given_kept is None:
+        check_choice_of_experts(options, opened, target, observations)
+    if plan.counts:
+        check_matrix(options, opened, observations)
+    tensors = plan.pruned.model.gguf_tensors(plan.pruned.tensors)
+    imatrix = given_imatrix(options, plan.model.facts, tensors, observations)
+    return replace(plan, observations=observations, imatrix=imatrix)
+
+
+def _with_files(plan: Plan, opened: Opened, note: Note) -> Plan:
+    """The plan with the file whose types are chosen for a size, if any, and with side files."""
+    header = opened.header(plan.pruned)
+    sized, recipes = with_sized(plan.options, plan.pruned, header, plan.weighted, plan.recipes)
+    note_blocks(plan.checkpoint, recipes if sized is None else recipes[:-1], note)
+    sides = planned_side_files(plan.model, plan.checkpoint)
+    for line in (line for side in sides for line in side.notes):
+        note(line)
+    return replace(plan, sized=sized, recipes=recipes, side_files=sides)
 
 
 def _observations(

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.atomic import make_folder
 from reap2gguf.building.keys import FIT_FORMAT, ggml_identity, stage_key
-from reap2gguf.exporting.header_facts import HeaderNames, pruning_values
 from reap2gguf.files import file_sha256
 from reap2gguf.fitting.errors_table import FORMAT, SAMPLED, Cache, Where
 from reap2gguf.fitting.fitted import (
@@ -27,7 +26,7 @@ from reap2gguf.fitting.fitted import (
 )
 from reap2gguf.fitting.probing import PROBE_FORMAT, Probing, probes_of
 from reap2gguf.fitting.solving import Budget, Measuring, beyond, budget_of, header_bytes
-from reap2gguf.fitting.target import MEASURED, TABLE
+from reap2gguf.fitting.target import MEASURED, TABLE, context_note
 from reap2gguf.gguf_files.imatrix import load_imatrix
 from reap2gguf.messages import size
 from reap2gguf.pruning.view import PrunedView
@@ -41,17 +40,18 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
     from reap2gguf.building.stage import Run
+    from reap2gguf.exporting.header_facts import HeaderNames
     from reap2gguf.fitting.card import CardUse
     from reap2gguf.fitting.target import SizeTarget
     from reap2gguf.gguf_files.imatrix import Imatrix
-    from reap2gguf.models.description import HeaderValue
+    from reap2gguf.hub.retry import Note
+    from reap2gguf.models.description import ModelFacts
     from reap2gguf.options import BuildOptions
     from reap2gguf.pruning.select import Kept
     from reap2gguf.quantizing.resolve import ResolvedRecipe
     from reap2gguf.verifying.context import Reference
 
 LABEL_KEY = "fit"  # names the file in --label fit=LABEL
-_ROOM = 2**12  # bytes of a header that a plan does not know, such as the names of datasets
 
 
 @dataclass(frozen=True)
@@ -84,24 +84,31 @@ def other_labels(options: BuildOptions) -> dict[str, str]:
     return {name: one for name, one in options.labels.items() if name != LABEL_KEY or not has_size}
 
 
+def within_context(options: BuildOptions, facts: ModelFacts, note: Note) -> BuildOptions:
+    """The options with a context for --fit that the model has."""
+    asked, most = options.target, facts.context_length
+    if asked is None or asked.card is None or asked.context <= most:
+        return options
+    if options.fit_context is not None:
+        note(context_note(asked, most))
+    return replace(options, fit_context=most)
+
+
 def with_sized(
     options: BuildOptions,
-    source: str,
-    name: str,
     view: PrunedView,
+    header: int,
     weighted: Collection[str],
     recipes: tuple[ResolvedRecipe, ...],
 ) -> tuple[SizedFile | None, tuple[ResolvedRecipe, ...]]:
     """The file of a target size, if there is one, and the recipes with a guess of its own.
 
-    `source` is the label of the model before pruning; raises as `plan_sized`, and UsageError for
-    two files of one name.
+    `view` is the model with any experts, `header` what `planned_header` counts. Raises as
+    `plan_sized`, and UsageError for two files of one name.
     """
     if (target := options.target) is None:
         return None, recipes
-    # only the length of these counts
-    own = pruning_values(source, options.method, view.n_kept, view.kept)
-    sized, guessed = plan_sized(options, target, name, view, weighted, own)
+    sized, guessed = plan_sized(options, target, view, header, weighted)
     found = (*recipes, guessed)
     refuse_twice([recipe.label for recipe in found])
     return sized, found
@@ -110,16 +117,14 @@ def with_sized(
 def plan_sized(
     options: BuildOptions,
     target: SizeTarget,
-    name: str,
     view: PrunedView,
+    header: int,
     weighted: Collection[str],
-    own: Sequence[HeaderValue],
 ) -> tuple[SizedFile, ResolvedRecipe]:
     """What is known of the file before the build, and a guess of its recipe.
 
-    `view` is the model with any experts, `weighted` the tensors that will have importance, `own`
-    what headers say of the pruning. Raises UsageError for a size that no types have, RecipeError
-    for types that tensors cannot have.
+    `view` is the model with any experts, `weighted` the tensors that will have importance. Raises
+    TooSmall for a size that no types have, RecipeError for types that tensors cannot have.
     """
     label = options.labels.get(LABEL_KEY, target.label)
     check_label(label, f"--label {LABEL_KEY}")
@@ -132,8 +137,6 @@ def plan_sized(
         ),
     )
     problem = sized.problem((view, view.model), weighted)
-    names = HeaderNames(name, None, tuple(own))
-    header = header_bytes(view, view.model, names, named.name, None) + _ROOM
     budget = budget_of(target, problem, view.model, header)
     guessed = guess(named, problem, budget.types, budget.n_bytes).resolved
     given = {tensor: one.name for tensor, one in sorted(sized.fixed.items())}

@@ -98,6 +98,7 @@ class Weigh(Stage[BudgetRecord]):
             plan.source.short_name,
             lambda tensors: matrix_for(plan, self._observed, tensors),
             read_overrides(plan.options.tensor_types),
+            plan.history,
         )
         return Weighing(source, self._kept, needed(plan.options.target))
 

@@ -14,6 +14,7 @@ from reap2gguf.building.given import given_imatrix, read_imatrix
 from reap2gguf.building.sized import with_sized
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.fitting.counts import usual_counts
+from reap2gguf.fitting.solving import planned_header
 from reap2gguf.fitting.trading import Source, Weighing, size_target
 from reap2gguf.pruning.counts import WEIGHED
 from reap2gguf.pruning.protection import check_protection
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import GgufTensor, ModelFacts
     from reap2gguf.options import BuildOptions
+    from reap2gguf.pruning.history import History
     from reap2gguf.pruning.select import Kept
 
 Matrix = Callable[[Sequence["GgufTensor"]], "GivenImatrix"]  # fitted to a model's tensors
@@ -42,6 +44,11 @@ class Opened:
     checkpoint: Checkpoint
     model: MoeModel
     name: str
+    history: History | None = None  # what was pruned of it before
+
+    def header(self, view: PrunedView) -> int:
+        """Bytes before the first tensor of a file of a view of it, as far as a plan knows."""
+        return planned_header(view, self.name, self.history)
 
 
 def sized_options(options: BuildOptions, opened: Opened) -> BuildOptions:
@@ -56,7 +63,7 @@ def sized_options(options: BuildOptions, opened: Opened) -> BuildOptions:
 def counts_of(options: BuildOptions, opened: Opened) -> tuple[int, ...]:
     """The numbers of experts that are weighed, the most first: those that fit the target.
 
-    Raises UsageError if there are fewer than two.
+    Raises UsageError if none of them fits, or none of them is less than all.
     """
     facts, target = opened.model.facts, options.target
     assert target is not None  # `check_weighed` has refused options without one
@@ -71,6 +78,7 @@ def counts_of(options: BuildOptions, opened: Opened) -> tuple[int, ...]:
         opened.name,
         _no_matrix,
         read_overrides(options.tensor_types),
+        opened.history,
     )
     weighing = Weighing(source, first, target)
     if first:
@@ -176,7 +184,8 @@ def _with_target(plan: Plan, target: Target, matrix: Matrix | None) -> Plan:
     if matrix is not None:
         imatrix = matrix(tensors)
     weighted = pruned.model.weighted_matrices() if imatrix is None else imatrix.imatrix.entries
-    sized, recipes = with_sized(options, plan.source.label, plan.name, pruned, weighted, recipes)
+    opened = Opened(plan.checkpoint, plan.model, plan.source.short_name, plan.history)
+    sized, recipes = with_sized(options, pruned, opened.header(pruned), weighted, recipes)
     return replace(
         plan, target=target, pruned=pruned, recipes=recipes, imatrix=imatrix, sized=sized
     )

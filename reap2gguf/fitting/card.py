@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 from gguf import Keys
 
-from reap2gguf.errors import UsageError
 from reap2gguf.messages import size
 
 if TYPE_CHECKING:
@@ -49,15 +48,14 @@ class CardUse:
     reserve: int = RESERVE
 
     @property
+    def taken(self) -> int:
+        """All of these together."""
+        return self.cache + self.state + self.compute + self.reserve
+
+    @property
     def left(self) -> int:
-        """The largest file of weights. Raises UsageError if there is no room for any."""
-        left = self.card - self.cache - self.state - self.compute - self.reserve
-        if left < 1:
-            raise UsageError(
-                f"there is no room for weights: counted {self.words}; pass a larger --fit or a "
-                "smaller --fit-context"
-            )
-        return left
+        """The largest file of weights; below 1 if there is no room for any."""
+        return self.card - self.taken
 
     @property
     def words(self) -> str:

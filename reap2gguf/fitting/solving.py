@@ -6,16 +6,19 @@ measured. `recipes fit` and the stage of a build share all of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import floor
 from typing import TYPE_CHECKING
 
 from reap2gguf.errors import UsageError
 from reap2gguf.exporting.header import lay_out
-from reap2gguf.exporting.header_facts import FileTypes, model_facts
+from reap2gguf.exporting.header_facts import FileTypes, HeaderNames, model_facts, pruning_values
 from reap2gguf.exporting.row_ranges import BlockMaker
 from reap2gguf.fitting.card import CardUse, card_use
 from reap2gguf.fitting.errors_table import SMALLEST_TYPES, TYPES, measure
 from reap2gguf.messages import size
+from reap2gguf.pruning.methods import METHODS
 from reap2gguf.quantizing.quantizer import load_quantizer
 from reap2gguf.quantizing.recipe import load_recipe
 from reap2gguf.quantizing.resolve import resolve
@@ -24,16 +27,35 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType as Type
 
     from reap2gguf.checkpoint.weights import Weights
-    from reap2gguf.exporting.header_facts import HeaderNames
     from reap2gguf.fitting.errors_table import Cache, Errors, Where
     from reap2gguf.fitting.fitted import Problem
     from reap2gguf.fitting.target import SizeTarget
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.progress import Progress
+    from reap2gguf.pruning.history import History
+    from reap2gguf.pruning.view import PrunedView
 
 _FEW_BITS = 2.6  # below it, types of less than 2 bits are measured too
 _SOME = "Q4_K_M"
+_PLANNED = "fit"  # the recipe's name in a header that is counted before there is a file
+HEADER_ROOM = 2**12  # bytes of a header that a plan does not know, such as the names of datasets
+
+
+class TooSmall(UsageError):
+    """A target that no types meet: what was found, and which one would be met."""
+
+    def __init__(self, found: str, least: str, n_bytes: int, others: Sequence[str] = ()) -> None:
+        """`least` is the option that would do, `n_bytes` the smallest file, `others` more ways."""
+        ways = (f"pass at least {least}", *others, "prune more experts")
+        super().__init__(f"{found}; {either(ways)}")
+        self.found, self.least, self.n_bytes, self.others = found, least, n_bytes, others
+
+
+def either(ways: Sequence[str]) -> str:
+    """Several ways out of a refusal, with "or" before the last."""
+    *others, last = ways
+    return ", ".join((*others, f"or {last}")) if others else last
 
 
 @dataclass(frozen=True)
@@ -66,10 +88,22 @@ def header_bytes(
     return len(lay_out(weights.folder, tensors, values).header)
 
 
+def planned_header(view: PrunedView, label: str, history: History | None) -> int:
+    """Bytes before the first tensor of a build's file, with room for what only the build knows.
+
+    `label` is the source's, `history` what was pruned of it before. The target does not count,
+    though files are named by it: the least size that a refusal names has to be enough.
+    """
+    earlier = None if history is None else history.after(view.kept)
+    own = pruning_values(label, METHODS[0], view.n_kept, view.kept, earlier=earlier)
+    names = HeaderNames(label, None, tuple(own))
+    return HEADER_ROOM + header_bytes(view, view.model, names, _PLANNED, None)
+
+
 def budget_of(target: SizeTarget, problem: Problem, model: MoeModel, header: int) -> Budget:
     """What a target leaves for the tensors of a model whose files have such headers.
 
-    Raises UsageError if the tensors are larger in their smallest types.
+    Raises TooSmall if the tensors are larger in their smallest types.
     """
     card = None
     if target.bpw is not None:
@@ -77,14 +111,13 @@ def budget_of(target: SizeTarget, problem: Problem, model: MoeModel, header: int
     elif target.size is not None:
         n_bytes = target.size - header
     else:
-        context = min(target.context, model.facts.context_length)  # that it was trained on
-        card = card_use(model, target.card or 0, context)
+        card = card_use(model, target.card or 0, target.within(model.facts.context_length).context)
         n_bytes = card.left - header
-    is_small = 8 * n_bytes < _FEW_BITS * problem.n_weights
+    is_small = 8 * n_bytes < _FEW_BITS * problem.n_weights or problem.least_bytes(TYPES) > n_bytes
     types = (*TYPES, *SMALLEST_TYPES) if is_small else TYPES
     least = problem.least_bytes(types)
     if least > n_bytes:
-        raise UsageError(_too_small(target, problem, n_bytes, least, header, card))
+        raise _too_small(target, problem, n_bytes, least, header, card)
     return Budget(n_bytes, types, card)
 
 
@@ -107,21 +140,22 @@ def _too_small(
     least: int,
     header: int,
     card: CardUse | None,
-) -> str:
+) -> TooSmall:
     """What is said of a target that no types meet."""
     bits = 8 * least / problem.n_weights
     found = (
         f"{target.words} leaves {size(max(n_bytes, 0))} for the tensors, and in their smallest "
         f"types they have {size(least)} ({bits:.2f} bits per weight)"
     )
+    n_file = least + header
     if card is not None:
-        return (
-            f"{found}; counted {card.words}; pass a smaller --fit-context, a larger --fit, or "
-            "prune more experts"
-        )
+        enough = f"--fit {n_file + card.taken}B"
+        found = f"{found}; counted {card.words}"
+        return TooSmall(found, enough, n_file, ("a smaller --fit-context",))
     if target.size is not None:
-        return f"{found}; pass at least --target-size {least + header}B, or prune more experts"
-    return f"{found}; pass a larger --target-bpw, or prune more experts"
+        return TooSmall(found, f"--target-size {n_file}B", n_file)
+    # rounded up; a hundredth more where it is exact, as floats may be below it
+    return TooSmall(found, f"--target-bpw {(floor(100 * bits) + 1) / 100:.2f}", n_file)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reap2gguf.errors import UsageError
 from reap2gguf.messages import size
@@ -57,6 +57,10 @@ class SizeTarget:
             return None
         return cls(size, bpw, card, DEFAULT_CONTEXT if context is None else context)
 
+    def within(self, context: int) -> SizeTarget:
+        """The same for a model that was trained on so many tokens: it has no larger context."""
+        return replace(self, context=min(self.context, context))
+
     @property
     def label(self) -> str:
         """The end of the file's name, such as FIT-12GiB, FIT-4.25BPW or FIT-16GB-8K."""
@@ -76,6 +80,14 @@ class SizeTarget:
         if self.size is not None:
             return f"a file of {size(self.size)}"
         return f"a GPU of {size(self.card or 0)} and a context of {self.context:,} tokens"
+
+
+def context_note(target: SizeTarget, most: int) -> str:
+    """What is said of a context that was asked for, of a model that has `most` tokens."""
+    return (
+        f"--fit-context {target.context}: the model was trained on {most:,} tokens, so room is "
+        "left for these"
+    )
 
 
 def rounded_down(n_bytes: int) -> int:

@@ -19,12 +19,12 @@ from reap2gguf.bundle.budget import CountRecord
 from reap2gguf.errors import UsageError
 from reap2gguf.evaluating.figures import divergence
 from reap2gguf.evaluating.variants import Variant
-from reap2gguf.exporting.header_facts import HeaderNames
 from reap2gguf.exporting.row_ranges import BlockMaker
 from reap2gguf.fitting.errors_table import measure
 from reap2gguf.fitting.fitted import Named, Problem, fit, fixed_types, tensor_bytes
-from reap2gguf.fitting.solving import budget_of, header_bytes
+from reap2gguf.fitting.solving import HEADER_ROOM, TooSmall, budget_of, either, planned_header
 from reap2gguf.fitting.target import SizeTarget, rounded_down
+from reap2gguf.pruning.select import choose_target
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.quantizer import load_quantizer
 
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import GgufTensor
     from reap2gguf.progress import Progress
+    from reap2gguf.pruning.history import History
     from reap2gguf.pruning.select import Kept
     from reap2gguf.quantizing.recipe import Rule
 
-_ROOM = 2**12  # bytes of a header that are not known here
 # what variants give, and how far pairs of their names are apart
 Evaluates = Callable[[Sequence[Variant], Sequence["Pair"]], "Scores"]
 Costs = Mapping[int, tuple[float, float]]  # by number of experts, KL divergence and its error
@@ -56,6 +56,7 @@ class Source:
     # the importance matrix of this model, for the tensors of a view of it
     matrix: Callable[[Sequence[GgufTensor]], GivenImatrix]
     overrides: tuple[Rule, ...] = ()  # of tensors whose types are no choice
+    history: History | None = None  # what was pruned of it before
 
     def view(self, kept: Kept) -> PrunedView:
         return PrunedView(self.weights, self.model, kept)
@@ -82,8 +83,25 @@ class Weighing:
 
     def check(self) -> None:
         """Raise UsageError if none fits the target, before anything is measured."""
-        if all(one.refusal for one in self._problems.values()):
-            raise UsageError(self._problems[min(self._problems)].refusal)
+        refusals = {n: one.refusal for n, one in self._problems.items() if one.refusal is not None}
+        if len(refusals) == len(self._problems):
+            fewest = min(refusals, key=lambda count: refusals[count].n_bytes)
+            raise UsageError(self._too_small(fewest, refusals[fewest]))
+
+    def _too_small(self, count: int, refusal: TooSmall) -> str:
+        """What is said of a target that even this number of experts does not meet."""
+        facts = self.source.model.facts
+        ways = [f"pass at least {refusal.least}", *refusal.others]
+        try:
+            choose_target(facts, count - facts.n_groups, None)
+        except UsageError:
+            pass  # the model needs them
+        else:
+            ways.append("name fewer experts with --keep-experts")
+        return (
+            f"with {count} of {facts.n_experts} experts, the fewest that are weighed, "
+            f"{refusal.found}; {either(ways)}"
+        )
 
     @property
     def fitting(self) -> list[int]:
@@ -121,8 +139,9 @@ class Weighing:
         shared: Errors = {}
         found = []
         for count, problem in self._problems.items():
-            record = CountRecord(count, *costs[count], problem=problem.refusal)
-            if not problem.refusal:
+            refusal = "" if problem.refusal is None else str(problem.refusal)
+            record = CountRecord(count, *costs[count], problem=refusal)
+            if not refusal:
                 cache = None if cache_of is None else cache_of(count)
                 record, shared = problem.solved(record, shared, where, progress, cache)
             found.append(record)
@@ -140,7 +159,8 @@ def size_target(target: SizeTarget, source: Source) -> SizeTarget:
     model = source.model
     tensors = model.gguf_tensors(source.weights.tensors)
     problem = Problem(tensors, model.facts, model.facts.n_experts, model.weighted_matrices())
-    header = header_bytes(source.weights, model, HeaderNames(source.name), "fit", None)
+    view = source.view(dict.fromkeys(model.facts.moe_layers, tuple(range(model.facts.n_experts))))
+    header = planned_header(view, source.name, source.history) - HEADER_ROOM
     return SizeTarget(size=rounded_down(header + int(target.bpw * problem.n_weights / 8)))
 
 
@@ -153,7 +173,7 @@ class _Problem:
     target: SizeTarget
     source: Source
     header: int
-    refusal: str = ""  # why no types are small enough
+    refusal: TooSmall | None = None  # why no types are small enough
 
     @classmethod
     def of(cls, source: Source, view: PrunedView, target: SizeTarget) -> _Problem:
@@ -162,11 +182,11 @@ class _Problem:
         tensors = model.gguf_tensors(view.tensors)
         problem = Problem(tensors, model.facts, view.n_kept, weighted)
         problem = replace(problem, fixed=fixed_types(source.overrides, problem))
-        header = _ROOM + header_bytes(view, model, HeaderNames(source.name), "fit", None)
+        header = planned_header(view, source.name, source.history)
         try:
             budget_of(target, problem, model, header)
-        except UsageError as error:
-            return cls(view, problem, target, source, header, str(error))
+        except TooSmall as error:
+            return cls(view, problem, target, source, header, error)
         return cls(view, problem, target, source, header)
 
     def solved(

@@ -22,7 +22,8 @@ from reap2gguf.fitting import errors_table
 from reap2gguf.fitting.card import RESERVE
 from reap2gguf.options import BuildOptions
 from reap2gguf.progress import CallbackProgress
-from reap2gguf.terminal.plan_views import plan_as_json, plan_lines
+from reap2gguf.terminal.plan_json import plan_as_json
+from reap2gguf.terminal.plan_views import plan_lines
 from tests.building.builds import build, contents, options, stages_reused
 from tests.tiny import TinyQwen3Moe
 
@@ -217,17 +218,39 @@ def test_a_plan_says_what_is_known(made: Made, tmp_path: Path) -> None:
     found = plan_as_json(plan, needs)["target"]
     assert found["memory"] == RESERVE + 6_500_000
     assert found["counted"]["context"] == 512
-    assert found["file"].endswith("-FIT-543370912B-8K.gguf")
+    assert found["file"].endswith("-FIT-543370912B-512.gguf")  # all that the model has
     assert plan_as_json(make_plan(options(made.model, tmp_path)), needs)["target"] is None
+
+
+def test_a_context_is_the_models_at_most(made: Made, tmp_path: Path) -> None:
+    changes = {"recipes": (), "fit": RESERVE + 6_500_000, "compression": "auto"}
+    notes: list[str] = []
+    plan = make_plan(options(made.model, tmp_path, **changes), notes.append)
+    assert plan.name == "tiny-auto-543370912B-512"
+    assert plan.recipes[-1].title.startswith("Fitted to a GPU of 518.20 MiB and a context of 512 ")
+    assert not [line for line in notes if "--fit-context" in line]  # none was asked for
+    plan = make_plan(options(made.model, tmp_path, fit_context=256, **changes), notes.append)
+    assert plan.name == "tiny-auto-543370912B-256"
+    assert not [line for line in notes if "--fit-context" in line]
+    plan = make_plan(options(made.model, tmp_path, fit_context=1024, **changes), notes.append)
+    assert plan.name == "tiny-auto-543370912B-512"
+    (line,) = [line for line in notes if "--fit-context" in line]
+    assert line.startswith("--fit-context 1024: the model was trained on 512 tokens")
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"target_size": 60_000}, r"pass at least --target-size \d+B, or prune more experts"),
-        ({"target_bpw": 3.0}, "larger --target-bpw"),
-        ({"fit": RESERVE + 5_600_000}, "no room for weights.*smaller --fit-context"),
-        ({"fit": RESERVE + 6_050_000}, "smallest types .*smaller --fit-context, a larger --fit"),
+        ({"target_bpw": 3.0}, r"pass at least --target-bpw 4\.\d\d, or prune more"),
+        (
+            {"fit": RESERVE + 5_600_000},
+            r"leaves 0 bytes .*least --fit \d+B, a smaller --fit-context",
+        ),
+        (
+            {"fit": RESERVE + 6_050_000},
+            r"smallest types .*--fit \d+B, a smaller --fit-context, or",
+        ),
         ({"target_bpw": 5.0, "fit_context": 4096}, "pass --fit"),
         ({"target_bpw": 5.0, "target_size": 190_000}, "pass one of"),
         ({"target_bpw": 5.0, "recipes": ("Q8_0",), "labels": {"fit": "q8_0"}}, "two recipes"),
