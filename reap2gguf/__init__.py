@@ -27,18 +27,12 @@ if TYPE_CHECKING:
     from reap2gguf.api.imatrices import imatrix_statistics, merge_imatrices, slice_imatrix
     from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.observations import merge_observations
+    from reap2gguf.api.pruning import PruneResult, prune, select
+    from reap2gguf.api.quantizing import QuantizeResult, quantize
     from reap2gguf.api.recipes import compare_recipes, recipe_table
     from reap2gguf.api.reporting import report
     from reap2gguf.api.selecting import Selection
-    from reap2gguf.api.stages import (
-        PruneResult,
-        QuantizeResult,
-        imatrix,
-        observe,
-        prune,
-        quantize,
-        select,
-    )
+    from reap2gguf.api.stages import imatrix, observe
     from reap2gguf.artifacts.observations import Observations
     from reap2gguf.building.needs.estimate import Estimate
     from reap2gguf.building.plan import Plan
@@ -143,19 +137,13 @@ _HOMES = {
     "api.fitting": ("FitResult", "fit_recipe"),
     "api.foreign_recipes": ("import_recipe", "recipe_of"),
     "api.inspecting": ("inspect",),
+    "api.pruning": ("PruneResult", "prune", "select"),
+    "api.quantizing": ("QuantizeResult", "quantize"),
     "api.recipes": ("compare_recipes", "recipe_table"),
     "api.observations": ("merge_observations",),
     "api.reporting": ("report",),
     "api.selecting": ("Selection",),
-    "api.stages": (
-        "PruneResult",
-        "QuantizeResult",
-        "imatrix",
-        "observe",
-        "prune",
-        "quantize",
-        "select",
-    ),
+    "api.stages": ("imatrix", "observe"),
     "artifacts.observations": ("Observations",),
     "building.needs.estimate": ("Estimate",),
     "building.slicing": ("SlicedImatrix",),

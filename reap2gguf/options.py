@@ -13,8 +13,8 @@ from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
-from reap2gguf.choosing.names import AUTO, BUILD_METHODS, check_candidates
-from reap2gguf.errors import UsageError
+from reap2gguf.choosing.names import AUTO, BUILD_METHODS, check_candidates, merging_of
+from reap2gguf.errors import ParameterError, UsageError
 from reap2gguf.fitting.target import DEFAULT_SENSITIVITY, SENSITIVITIES, SizeTarget
 from reap2gguf.machine import available_threads
 from reap2gguf.pruning.counts import WEIGHED, check_asked, check_counts, check_weighed
@@ -52,14 +52,16 @@ _Kind = TypeVar("_Kind")
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise UsageError for a value that is not one of the choices."""
     if value not in choices:
-        raise UsageError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+        raise ParameterError(f"{name} is {value!r}, expected one of {', '.join(choices)}", name)
 
 
 def check_number(name: str, value: object, low: int, high: int = 2**31 - 1) -> int:
     """The same number. Raise UsageError if it is not a whole number from `low` to `high`."""
     if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
         return value
-    raise UsageError(f"{name} is {value!r}, expected a whole number from {low} to {high:,}")
+    raise ParameterError(
+        f"{name} is {value!r}, expected a whole number from {low} to {high:,}", name
+    )
 
 
 def check_quants_of(value: object) -> CheckQuants:
@@ -73,13 +75,13 @@ def check_quants_of(value: object) -> CheckQuants:
 def check_bool(name: str, value: object) -> None:
     """Raise UsageError for a value that is neither True nor False."""
     if not isinstance(value, bool):
-        raise UsageError(f"{name} is {value!r}, expected True or False")
+        raise ParameterError(f"{name} is {value!r}, expected True or False", name)
 
 
 def check_kind(name: str, value: object, kind: type) -> None:
     """Raise UsageError for a value that is not of a class."""
     if not isinstance(value, kind):
-        raise UsageError(f"{name} is {value!r}, expected a value of {kind.__name__}")
+        raise ParameterError(f"{name} is {value!r}, expected a value of {kind.__name__}", name)
 
 
 def given_or_new(name: str, value: _Kind | None, kind: type[_Kind]) -> _Kind:
@@ -101,7 +103,7 @@ def check_path(name: str, value: object) -> Path:
     """A path from a text or a path. Raise UsageError for anything else, and for NUL characters."""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(text, str) or "\0" in text:
-        raise UsageError(f"{name} is {value!r}, expected a path")
+        raise ParameterError(f"{name} is {value!r}, expected a path", name)
     return Path(text)
 
 
@@ -111,7 +113,9 @@ def check_labels(labels: object) -> dict[str, str]:
         found = dict(labels)
         if all(isinstance(text, str) for entry in found.items() for text in entry):
             return found
-    raise UsageError(f"labels is {labels!r}, expected a mapping from recipes to labels")
+    raise ParameterError(
+        f"labels is {labels!r}, expected a mapping from recipes to labels", "labels"
+    )
 
 
 @dataclass(frozen=True)
@@ -128,10 +132,12 @@ def _recipes(given: object, may_be_none: bool = False) -> tuple[str | RecipeText
     if isinstance(given, str | os.PathLike | RecipeText):
         given = (given,)
     if not isinstance(given, Iterable) or isinstance(given, bytes):
-        raise UsageError(f"recipes is {given!r}, expected names or paths of recipes")
+        raise ParameterError(f"recipes is {given!r}, expected names or paths of recipes", "recipes")
     recipes = tuple(given)
     if not recipes and not may_be_none:
-        raise UsageError("recipes is empty, expected at least one recipe, such as Q4_K_M")
+        raise ParameterError(
+            "recipes is empty, expected at least one recipe, such as Q4_K_M", "recipes"
+        )
     found: list[str | RecipeText] = []
     for recipe in recipes:
         found += [recipe] if isinstance(recipe, RecipeText) else split_recipes(recipe)
@@ -145,12 +151,14 @@ def split_recipes(recipe: object) -> list[str]:
     """
     name = check_recipe(recipe)
     if "\0" in name:
-        raise UsageError(f"recipe is {name!r}, expected text without NUL characters")
+        raise ParameterError(f"recipe is {name!r}, expected text without NUL characters", "recipe")
     if "," not in name or os.path.exists(os.path.expanduser(name)):
         return [name]
     names = [part.strip() for part in name.split(",")]
     if "" in names:
-        raise UsageError(f"recipe is {name!r}, expected names with commas between them")
+        raise ParameterError(
+            f"recipe is {name!r}, expected names with commas between them", "recipe"
+        )
     return names
 
 
@@ -158,9 +166,10 @@ def one_recipe(recipe: object) -> str:
     """A recipe's name or path. Raise UsageError if it is neither, and for a list of names."""
     names = split_recipes(recipe)
     if len(names) > 1:
-        raise UsageError(
+        raise ParameterError(
             f"recipe is {recipe!r}, expected one recipe for one file; `reap2gguf build` writes "
-            "several files"
+            "several files",
+            "recipe",
         )
     return names[0]
 
@@ -168,7 +177,9 @@ def one_recipe(recipe: object) -> str:
 def check_recipe(recipe: object) -> str:
     """A recipe's name or path as text. Raise UsageError if it is neither."""
     if not isinstance(recipe, str | os.PathLike):
-        raise UsageError(f"recipe is {recipe!r}, expected the name or path of a recipe")
+        raise ParameterError(
+            f"recipe is {recipe!r}, expected the name or path of a recipe", "recipe"
+        )
     return str(recipe)
 
 
@@ -180,7 +191,9 @@ def check_tensor_types(given: object) -> tuple[str, ...]:
         found = tuple(given)
         if all(isinstance(text, str) for text in found):
             return found
-    raise UsageError(f"tensor_types is {given!r}, expected a list such as ['attn_v=Q5_K']")
+    raise ParameterError(
+        f"tensor_types is {given!r}, expected a list such as ['attn_v=Q5_K']", "tensor_types"
+    )
 
 
 @dataclass(frozen=True)
@@ -197,7 +210,9 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         if not isinstance(self.spec, str | os.PathLike):
-            raise UsageError(f"spec is {self.spec!r}, expected a mix, a dataset or a path")
+            raise ParameterError(
+                f"spec is {self.spec!r}, expected a mix, a dataset or a path", "spec"
+            )
         object.__setattr__(self, "spec", str(self.spec))
         if self.samples is not None:
             check_number("samples", self.samples, 1)
@@ -369,10 +384,18 @@ class BuildOptions:
         """Candidates by name; refuse what has no effect without `auto`."""
         if self.candidates is not None:
             object.__setattr__(self, "candidates", check_candidates(self.candidates))
+            if merging := merging_of(self.candidates):
+                raise UsageError(
+                    f"candidates names {merging[0]}, which merges experts, and a build does not "
+                    "choose among merges; measure it with `reap2gguf choose`, and build with the "
+                    "method that it finds"
+                )
         needless = () if self.method == AUTO else ("candidates", "choose_text")
         for name in needless[: 1 if self.weighs else 2]:
             if getattr(self, name) is not None:
-                raise UsageError(f"{name} is for the method auto; pass it, or leave this out")
+                raise ParameterError(
+                    f"{name} is for the method auto; pass it, or leave this out", name
+                )
 
 
 @dataclass(frozen=True)

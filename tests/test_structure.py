@@ -471,7 +471,8 @@ COVERED_BY = [
         "test_api.py",
         "the functions as they are called",
         (
-            "api/builds.py", "api/opening.py", "api/selecting.py", "api/stages.py",
+            "api/builds.py", "api/opening.py", "api/pruning.py", "api/quantizing.py",
+            "api/selecting.py", "api/stages.py", "api/texts.py",
             "hub/opened.py",
         ),
     ),

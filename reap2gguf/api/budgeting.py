@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reap2gguf.api.opening import PathLike, ProgressLike, open_named, to_progress
-from reap2gguf.errors import UsageError
+from reap2gguf.errors import ParameterError
 from reap2gguf.options import (
     ComputeOptions,
     check_choice,
@@ -73,7 +73,9 @@ def weigh_budget(
 
     target = SizeTarget.of(target_size, target_bpw, fit, fit_context)
     if target is None:
-        raise UsageError("pass a target: target_size, target_bpw or fit")
+        raise ParameterError(
+            "pass a target: target_size, target_bpw or fit", "target_size", "target_bpw", "fit"
+        )
     check_choice("method", method, tuple(OBSERVED))
     check_number("chunks", chunks, 2)
     compute = given_or_new("compute", compute, ComputeOptions)
@@ -113,7 +115,9 @@ def _counts(facts: ModelFacts, asked: Sequence[int] | None) -> list[int]:
     if asked is None:
         return usual_counts(facts)
     if not asked:
-        raise UsageError("keep_experts is empty, expected numbers of experts, such as 128, 96")
+        raise ParameterError(
+            "keep_experts is empty, expected numbers of experts, such as 128, 96", "keep_experts"
+        )
     return sorted({choose_target(facts, count, None).n_kept for count in asked}, reverse=True)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.api.opening import PathLike, ProgressLike, to_progress
 from reap2gguf.errors import UsageError
+from reap2gguf.files import is_gguf
 from reap2gguf.options import (
     DEVICES,
     AddOptions,
@@ -183,7 +185,8 @@ def verify(
 ) -> VerifyReport:
     """Check a bundle, or a safetensors folder and GGUF files made from it.
 
-    GGUF files alone are compared with the GGUF file that they were pruned from, the `source`.
+    GGUF files alone are compared with the GGUF file that they were pruned from, the `source`; with
+    none, only their headers are checked, and that all values are finite.
     With `source`, the MODEL that was pruned, a bundle is compared with it byte for byte. Types
     that compiled kernels make quickly are quantized again and compared by bytes; with `exact` all
     types must have the bytes that are made again, which takes as long as the export did. `device`
@@ -198,6 +201,10 @@ def verify(
     check_choice("device", device, DEVICES)
     given, n_threads = [check_path("path", path) for path in paths], check_threads(threads)
     reports = to_progress(progress)
+    if source is None and given and all(os.path.isfile(path) and is_gguf(path) for path in given):
+        from reap2gguf.verifying.alone import verify_alone
+
+        return verify_alone(given, n_threads, reports)
     if source is None:
         return verify_paths(given, n_threads, reports, Strictness(exact, device=device))
     from reap2gguf.verifying.opening import open_source

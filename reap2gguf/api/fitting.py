@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
-from reap2gguf.errors import UsageError
+from reap2gguf.errors import ParameterError, UsageError
 from reap2gguf.fitting.target import DEFAULT_SENSITIVITY, MEASURED, SENSITIVITIES
 from reap2gguf.options import DEVICES, ComputeOptions, check_choice, check_path, check_threads
-from reap2gguf.outputs import output_file
+from reap2gguf.outputs import claimed, output_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from reap2gguf.building.given import GivenImatrix
     from reap2gguf.exporting.header_facts import FileTypes
@@ -55,6 +56,7 @@ def fit_recipe(
     sensitivity: str = DEFAULT_SENSITIVITY,
     device: str = "auto",
     threads: int | None = None,
+    overwrite: bool = False,
     follow_links: bool = False,
     progress: ProgressLike = None,
 ) -> FitResult:
@@ -67,8 +69,8 @@ def fit_recipe(
     error in each tensor counts: by a table of kinds, or "measured" on this model, which takes an
     evaluation of some dozens of variants. `MODEL.type-errors.json` and `MODEL.sensitivities.json`
     beside `output` keep what was measured for the next call. Raises UsageError for a size that no
-    types have, before anything is measured, ArtifactError, OutputError, and what opening a model
-    raises.
+    types have, before anything is measured, ArtifactError, OutputError, also if the output exists
+    and is not to be overwritten, and what opening a model raises.
     """
     from reap2gguf.atomic import write_whole
     from reap2gguf.building.given import read_imatrix
@@ -84,14 +86,16 @@ def fit_recipe(
         raise UsageError(f"output {output}: the name of a recipe's file must end in .toml")
     target = SizeTarget.of(target_size, target_bpw, fit, fit_context)
     if target is None:
-        raise UsageError("pass a target: target_size, target_bpw or fit")
+        raise ParameterError(
+            "pass a target: target_size, target_bpw or fit", "target_size", "target_bpw", "fit"
+        )
     check_choice("device", device, DEVICES)
     check_choice("sensitivity", sensitivity, SENSITIVITIES)
     where, shown = Where(device, check_threads(threads)), to_progress(progress)
-    with open_named(model, shown, follow_links=follow_links) as opened:
-        cached = output_file(output.with_name(f"{opened.source.short_name}.{_CACHE}"))
-        beside = output_file(output.with_name(f"{opened.source.short_name}.{_SENSITIVITIES}"))
-        keep_files(opened, [output, cached, beside], [given])
+    with (
+        open_named(model, shown, follow_links=follow_links) as opened,
+        _claimed(opened, output, given, overwrite) as cached,
+    ):
         opened.check_tokenizer()
         tensors = opened.model.gguf_tensors(opened.checkpoint.tensors)
         read = read_imatrix(given, tensors)
@@ -120,6 +124,20 @@ def fit_recipe(
         if not _file_types(found).is_weighted:  # then the header says nothing of the matrix
             header = _header_bytes(opened, output.stem, None)
     return _result(output, found, header, budget)
+
+
+@contextmanager
+def _claimed(opened: OpenModel, output: Path, imatrix: Path, overwrite: bool) -> Iterator[Path]:
+    """Keep other processes from writing the output; the file of measurements, for all recipes.
+
+    Raises UsageError or OutputError for a file that cannot be written.
+    """
+    name = opened.source.short_name
+    cached = output_file(output.with_name(f"{name}.{_CACHE}"))
+    beside = output_file(output.with_name(f"{name}.{_SENSITIVITIES}"))
+    keep_files(opened, [output, cached, beside], [imatrix])
+    with claimed([output], overwrite):
+        yield cached
 
 
 def _key(opened: OpenModel, given: GivenImatrix) -> str:

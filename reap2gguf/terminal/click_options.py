@@ -135,6 +135,10 @@ calibration_options = together(
     ),
 )
 
+overwrite_option = option(
+    "--overwrite", section=WRITE, is_flag=True, help="Replace the output if it exists."
+)
+
 json_option = option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

@@ -13,6 +13,7 @@ from reap2gguf.terminal.click_options import (
     json_option,
     model_argument,
     output_options,
+    overwrite_option,
     tensor_type_option,
 )
 from reap2gguf.terminal.compute_options import (
@@ -246,6 +247,7 @@ def recipes_check(
 @option(
     "-o", "--output", section=WRITE, type=FilePath, required=True, help="Recipe (.toml) to write."
 )
+@overwrite_option
 @quantizing_device_option
 @threads_option
 @llama_cpp_option
@@ -260,6 +262,7 @@ def recipes_fit(
     fit_context: int | None,
     sensitivity: str,
     output: Path,
+    overwrite: bool,
     device: str,
     threads: int,
     follow_links: bool,
@@ -294,6 +297,7 @@ def recipes_fit(
         sensitivity=sensitivity,
         device=device,
         threads=threads,
+        overwrite=overwrite,
         follow_links=follow_links,
         progress=terminal_progress(),
     )

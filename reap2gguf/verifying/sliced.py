@@ -44,11 +44,23 @@ def verify_sliced(
     """Compare GGUF files with the one that they were pruned from; of parts, the first is enough."""
     found = Findings([path.name for path in paths])
     for path in first_parts(paths):
+        _check_sliced(path, checkpoint)
         violations = list(compared_blocks(path, checkpoint, progress))
         found.violations += violations
         if not violations:
             found.reach(Level.EXACT, [path])
     return found.report()
+
+
+def _check_sliced(path: Path, checkpoint: GgufCheckpoint) -> None:
+    """Raise ArtifactError for a pruned file of another recipe: none of its blocks are copies."""
+    header, source = read_whole_header(path), checkpoint.gguf
+    recipe = header.metadata.get(RECIPE_KEY)
+    if _KEPT in header.metadata and recipe != source.metadata.get(RECIPE_KEY):
+        raise ArtifactError(
+            f"{path}: was quantized again (recipe {shown(recipe)}), so its blocks are not those of "
+            f"{source.path}; leave out --source, or use `reap2gguf compare`"
+        )
 
 
 def is_sliced_of(reference: tuple[Weights, object] | None, header: GgufHeader | None) -> bool:
