@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,15 +80,14 @@ class Variants:
 def written(process: int, inputs: Path) -> int:
     """Bytes of the files that a process has open beside its inputs: unnamed ones too."""
     total = 0
-    try:
+    with suppress(OSError):  # the process has ended
         for entry in os.scandir(f"/proc/{process}/fd"):
-            path = os.readlink(entry.path)
-            if path.startswith("/") and not path.startswith(("/dev/", "/proc/", "/sys/")):
-                is_input = path.startswith(f"{inputs}/") and not path.endswith(" (deleted)")
-                if not is_input and os.access(entry.path, os.W_OK):
-                    total += entry.stat().st_size
-    except OSError:
-        return total  # it has ended, or has closed a file
+            with suppress(FileNotFoundError):  # closed just now
+                path = os.readlink(entry.path)
+                if path.startswith("/") and not path.startswith(("/dev/", "/proc/", "/sys/")):
+                    is_input = path.startswith(f"{inputs}/") and not path.endswith(" (deleted)")
+                    if not is_input and os.access(entry.path, os.W_OK):
+                        total += entry.stat().st_size
     return total
 
 

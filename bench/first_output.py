@@ -10,6 +10,7 @@ Runs every command that works on the bundled example, with its output in a pipe 
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import os
 import pty
@@ -104,7 +105,9 @@ def _pieces(file: int) -> Iterator[bytes]:
     while True:
         try:
             piece = os.read(file, 65536)
-        except OSError:  # a terminal that the last process has left
+        except OSError as error:
+            if error.errno != errno.EIO:  # a terminal that the last process has left
+                raise
             return
         if not piece:
             return

@@ -65,7 +65,10 @@ def gpu_bytes() -> int:
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         said = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
+    except FileNotFoundError:
+        return 0  # no driver of NVIDIA
+    except subprocess.SubprocessError as error:
+        print(f"the memory of the GPU is not known this time: {error}", file=sys.stderr)
         return 0
     return 2**20 * int(said.stdout.split()[0])
 

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ class Sampler:
         try:
             words = (folder / "stat").read_text().rpartition(")")[2].split()
             status = (folder / "status").read_text()
-        except OSError:
+        except (FileNotFoundError, ProcessLookupError):
             return
         cpu = (int(words[11]) + int(words[12]) + int(words[13]) + int(words[14])) / TICKS
         peak = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
@@ -131,7 +132,7 @@ def folder_bytes(folder: Path) -> int:
         for name in files:
             try:
                 total += 512 * os.lstat(os.path.join(root, name)).st_blocks
-            except OSError:
+            except FileNotFoundError:
                 continue  # removed or renamed just now
     return total
 
@@ -139,12 +140,11 @@ def folder_bytes(folder: Path) -> int:
 def unnamed_bytes(process: Path) -> int:
     """What a process's unnamed files take, such as a spool."""
     total = 0
-    try:
+    with suppress(OSError):  # the process has ended
         for link in (process / "fd").iterdir():
-            if "(deleted)" in os.readlink(link):
-                total += 512 * os.stat(link).st_blocks
-    except OSError:
-        return total
+            with suppress(FileNotFoundError):  # closed just now
+                if "(deleted)" in os.readlink(link):
+                    total += 512 * os.stat(link).st_blocks
     return total
 
 

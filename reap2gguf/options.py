@@ -13,14 +13,10 @@ from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
-from reap2gguf.choosing.names import AUTO, BUILD_METHODS, check_candidates
+from reap2gguf.choosing.names import AUTO, BUILD_METHODS, check_candidates, merging_of
 from reap2gguf.errors import UsageError
-from reap2gguf.fitting.target import (
-    DEFAULT_SENSITIVITY,
-    SENSITIVITIES,
-    WEIGHED_SENSITIVITY,
-    SizeTarget,
-)
+from reap2gguf.fitting.target import DEFAULT_SENSITIVITY, SENSITIVITIES, SizeTarget
+from reap2gguf.fitting.target import WEIGHED_SENSITIVITY as WEIGHED_BY
 from reap2gguf.machine import available_threads
 from reap2gguf.pruning.counts import WEIGHED, check_asked, check_counts, check_weighed
 from reap2gguf.pruning.protection import Protection, read_pinned
@@ -304,8 +300,7 @@ class BuildOptions:
     target_bpw: float | None = None  # bits per weight
     fit: int | None = None  # bytes of a GPU's memory
     fit_context: int | None = None  # tokens that it holds beside the file; None: 8192
-    # how errors of tensors are weighed: table or measured; None: as is best for each purpose
-    sensitivity: str | None = None
+    sensitivity: str | None = None  # of errors, table or measured; None: as each purpose has it
     evaluate: str = "auto"  # whether quality is measured: auto, always or never
 
     def __post_init__(self) -> None:
@@ -365,7 +360,7 @@ class BuildOptions:
     @property
     def weigh_sensitivity(self) -> str:
         """The same where experts are weighed against bits."""
-        return self.sensitivity or WEIGHED_SENSITIVITY
+        return self.sensitivity or WEIGHED_BY
 
     @property
     def weighs(self) -> bool:
@@ -386,6 +381,12 @@ class BuildOptions:
         """Candidates by name; refuse what has no effect without `auto`."""
         if self.candidates is not None:
             object.__setattr__(self, "candidates", check_candidates(self.candidates))
+            if merging := merging_of(self.candidates):
+                raise UsageError(
+                    f"candidates names {merging[0]}, which merges experts, and a build does not "
+                    "choose among merges; measure it with `reap2gguf choose`, and build with the "
+                    "method that it finds"
+                )
         needless = () if self.method == AUTO else ("candidates", "choose_text")
         for name in needless[: 1 if self.weighs else 2]:
             if getattr(self, name) is not None:

@@ -74,7 +74,9 @@ def result_file(path: object, models: Iterable[str | Path], text: str | None) ->
     for model in (os.path.expanduser(os.fspath(one)) for one in models):
         inside = os.path.isdir(model) and os.path.isfile(os.path.join(model, output.name))
         if _is_same(output, Path(model, output.name) if inside else Path(model)):
-            raise UsageError(f"output {output}: it is of the model {model}; pass another output")
+            raise UsageError(
+                f"output {output}: it is a file of the model {model}; pass another output"
+            )
     if output.suffix in _WEIGHTS and output.exists():
         raise UsageError(
             f"output {output}: writing it would replace a file of a model; pass another output"

@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,6 +63,9 @@ CALIBRATION = REPOSITORY / "calibration"
 def pytest_configure(config: pytest.Config) -> None:
     """Keep what `plan` measures of this machine in a folder of this run, for all workers."""
     plain_pictures.use()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # as in a shell's background job, where nothing that a test starts would hear of it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "PYTEST_XDIST_WORKER" not in os.environ:
         folder = tempfile.mkdtemp(prefix="reap2gguf-tests-")
         os.environ["XDG_CACHE_HOME"] = folder

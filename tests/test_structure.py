@@ -27,6 +27,16 @@ MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 
 # Modules without a test file of their own name: the file that tests them, why there, and which.
 COVERED_BY = [
+    ("terminal/test_plan_views.py", "what JSON holds of a plan", ("terminal/plan_json.py",)),
+    (
+        "building/test_requantized.py",
+        "which blocks of a GGUF source stay, and what plans and cards say of them",
+        (
+            "bundle/card_blocks.py",
+            "gguf_files/blocks.py",
+            "quantizing/source_blocks.py",
+        ),
+    ),
     ("building/test_repair_folder.py", "a repair that was killed", ("building/work_beside.py",)),
     (
         "models/test_qwen_vision.py",
@@ -767,12 +777,51 @@ def test_no_import_cycles() -> None:
     )
 
 
+def layers() -> tuple[list[list[str]], set[str]]:
+    """The rows of docs/architecture.md, and the modules that every row may import."""
+    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = text.split("## Layers\n")[1].split("\n## ")[0]
+    rows = section.split("```text\n")[1].split("\n```")[0].splitlines()
+    anywhere = re.findall(r"`(\w+)/(\w+)\.py`", section)
+    return [row.split(", ") for row in rows], {f"reap2gguf.{a}.{b}" for a, b in anywhere}
+
+
+def test_imports_go_downward() -> None:
+    rows, anywhere = layers()
+    row_of = {part: number for number, row in enumerate(rows) for part in row}
+    parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    named = sorted(part for row in rows for part in row)
+    assert named == sorted(parts - {"__init__", "__main__", "__pycache__"})
+    upward = set()
+    for name, modules in graph().items():
+        for module in modules:
+            of, to = (one.split(".")[1] if "." in one else "" for one in (name, module))
+            if of in row_of and to in row_of and row_of[to] < row_of[of]:
+                upward.add((name, module))
+    wrong = sorted(f"{name} -> {module}" for name, module in upward if module not in anywhere)
+    assert not wrong, f"move what both need to a lower row (docs/architecture.md): {wrong}"
+    idle = sorted(anywhere - {module for _, module in upward})
+    assert not idle, f"no lower row imports these any more; remove them from the list: {idle}"
+
+
 def test_the_longest_chain_of_imports() -> None:
     chain = longest_chain()
     assert len(chain) <= MOST_CHAIN, (
         f"{len(chain)} modules in a chain of imports, at most {MOST_CHAIN} expected; import the "
         f"lower module directly, or pass in what it makes: {' -> '.join(chain)}"
     )
+
+
+def test_folders_that_list_their_modules_list_all() -> None:
+    wrong = {}
+    for path in (path for path in sources().values() if path.name == "__init__.py"):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        modules = {module.stem for module in path.parent.glob("*.py")} - {"__init__"}
+        listed = set(re.findall(r"^ *(\w+)(?:\.py)? {2,}\S", text, re.MULTILINE))
+        differ = (modules - set(re.findall(r"\w+", text))) | (listed - modules)
+        if len(listed & modules) > 2 and differ:
+            wrong[str(path.relative_to(REPOSITORY))] = sorted(differ)
+    assert not wrong, f"list these in the docstring, or no more: {wrong}"
 
 
 def test_few_modules_at_the_top() -> None:

@@ -40,11 +40,11 @@ def plan(options: BuildOptions, *, progress: ProgressLike = None) -> Plan:
     Raises SourceError, CheckpointError, UnsupportedModelError, RecipeError, CalibrationError or
     UsageError.
     """
-    shown = to_progress(progress)
-    with working(shown, f"Reading {options.model or 'the example'}"):
+    reports = to_progress(progress)
+    with working(reports, f"Reading {options.model or 'the example'}"):
         from reap2gguf.building.plan import make_plan
 
-        return make_plan(options, shown.note)
+        return make_plan(options, reports.note)
 
 
 def estimate(
@@ -197,15 +197,15 @@ def verify(
     check_bool("exact", exact)
     check_choice("device", device, DEVICES)
     given, n_threads = [check_path("path", path) for path in paths], check_threads(threads)
-    shown = to_progress(progress)
+    reports = to_progress(progress)
     if source is None:
-        return verify_paths(given, n_threads, shown, Strictness(exact, device=device))
+        return verify_paths(given, n_threads, reports, Strictness(exact, device=device))
     from reap2gguf.verifying.opening import open_source
 
     if not any(path.is_dir() for path in given):
-        return _verify_files(given, str(source), shown)
-    with open_source(str(source), shown) as opened:
-        return verify_paths(given, n_threads, shown, Strictness(exact, opened, device=device))
+        return _verify_files(given, str(source), reports)
+    with open_source(str(source), reports) as opened:
+        return verify_paths(given, n_threads, reports, Strictness(exact, opened, device=device))
 
 
 def _verify_files(paths: Sequence[Path], source: str, progress: Progress) -> VerifyReport:
@@ -217,8 +217,8 @@ def _verify_files(paths: Sequence[Path], source: str, progress: Progress) -> Ver
     with open_model(source, progress) as opened:
         if not isinstance(opened.checkpoint, GgufCheckpoint):
             raise UsageError(
-                f"{source}: is no GGUF file, and GGUF files alone are compared with the one that "
-                "they were pruned from; pass a bundle folder, or a safetensors folder and its GGUF "
-                "files"
+                f"{source}: is not a GGUF file; with GGUF files alone, expected the GGUF file that "
+                "they were pruned from; or pass a bundle folder, or a safetensors folder and its "
+                "GGUF files"
             )
         return verify_sliced(paths, opened.checkpoint, progress)

@@ -12,7 +12,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
-from reap2gguf.choosing.names import BEST_REPAIRED, check_candidates, criteria_of, split_name
+from reap2gguf.choosing.merged import check_group_size
+from reap2gguf.choosing.names import (
+    BEST_REPAIRED,
+    check_candidates,
+    criteria_of,
+    merging_of,
+    split_name,
+)
 from reap2gguf.machine import processes
 from reap2gguf.options import (
     MTP_CHOICES,
@@ -27,6 +34,7 @@ from reap2gguf.options import (
 from reap2gguf.outputs import drop_states, output_file
 from reap2gguf.progress import working
 from reap2gguf.pruning.counts import check_counts
+from reap2gguf.pruning.methods import merges
 from reap2gguf.pruning.protection import Protection, read_pinned
 
 if TYPE_CHECKING:
@@ -57,7 +65,14 @@ class Choice:
     n_kept: int  # per layer, after
     kept: Mapping[int, tuple[int, ...]]  # layer -> ids of the experts in the source, ascending
     record: ChoiceRecord  # all candidates, with what each costs
-    seconds: Mapping[str, float]  # of "observing", of "measuring", and of each repair by candidate
+    # of "observing", of "measuring", and by candidate of each repair and each merge
+    seconds: Mapping[str, float]
+    group_size: int | None = None  # of REAM's groups, at most; None: it was no candidate
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the best candidate is a model whose experts are merged."""
+        return merges(self.method)
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -71,6 +86,7 @@ def choose(
     keep_experts: int | None = None,
     compression: float | None = None,
     candidates: str | Iterable[str] | None = None,
+    group_size: int | None = None,
     text: PathLike | None = None,
     observations: PathLike | None = None,
     calibration: CalibrationOptions | None = None,
@@ -87,47 +103,79 @@ def choose(
     One row in eight of the calibration is held out, and the others are observed. Then the pruned
     models of all `candidates` (names of criteria; None: the usual ones) are measured in one sweep,
     on the rows that were held out and on a `text` of another domain; by default one that travels
-    with the package. With "best+repair" among them, the best one is repaired and measured again.
+    with the package. With "best+repair" among them, the best criterion is repaired and measured
+    again. With "ream" (in groups of `group_size`) or "hc_smoe" among them, experts are merged on
+    the rows that were observed, in a sweep of its own for each, and measured with the rest.
     `observations` is a file where the observations are kept: one that is there is used, if it is of
     the same rows. Protected experts stay, whatever a candidate says. `output` is a JSON file to
     write; with it an interrupted call resumes. Nothing is pruned: `prune` does that with the
-    observations and the method, and `build` with the method "auto" does it all.
+    observations and the method, and `build` with the method "auto" does it all, but for merges.
 
     Raises CalibrationError, ObservationError, EvaluationError, ArtifactError for observations of
-    other rows, UsageError, OutputError, and what opening a model raises.
+    other rows, UsageError, UnsupportedModelError for a merge that a model is not made for,
+    OutputError, and what opening a model raises.
     """
     check_choice("mtp", mtp, MTP_CHOICES)
     check_counts(keep_experts, compression)
     check_bool("protect_super_experts", protect_super_experts)
-    protection = Protection(read_pinned(protect), protect_super_experts)
     names, shown = check_candidates(candidates), to_progress(progress)
+    check_group_size(group_size, names)
+    protection = Protection(read_pinned(protect), protect_super_experts)
+    how = _How(names, keep_experts, compression, group_size, protection)
     compute = given_or_new("compute", compute, ComputeOptions)
     asked = _Asked.of(calibration, text, output, observations)
     with open_named(model, shown, mtp == "prune", follow_links) as opened:
-        from reap2gguf.choosing.candidates import kept_by
-        from reap2gguf.choosing.measure import Chooser
-        from reap2gguf.pruning.protection import protected_experts
-        from reap2gguf.pruning.select import choose_target
-
         keep_files(opened, asked.outputs, asked.inputs)
         opened.check_tokenizer()
-        facts = opened.model.facts
-        target = choose_target(facts, keep_experts, compression)
-        split, held_out, other = asked.read(opened, shown)
-        begun = time.monotonic()
-        seen = asked.observed(opened, split.seen, compute, shown)
-        observing = time.monotonic()
-        protected = protected_experts(protection, seen, target, facts).all
-        kept = kept_by(criteria_of(names), seen, target, facts, protected)
-        chooser = Chooser(opened.checkpoint, opened.model, kept, held_out, other)
-        repairs = split.seen if BEST_REPAIRED in names else None
-        record, seconds = asked.chosen(chooser, opened.checkpoint, repairs, compute, shown)
-        seconds |= {"observing": observing - begun, "measuring": time.monotonic() - observing}
-    method, is_repaired = split_name(record.chosen)
-    counts = target.n_experts, target.n_kept
-    found = Choice(method, is_repaired, *counts, kept[method], record, seconds)
+        found = _chosen(opened, asked, how, compute, shown)
     asked.write(found)
     return found
+
+
+@dataclass(frozen=True)
+class _How:
+    """What is chosen from, and how many experts stay."""
+
+    names: tuple[str, ...]  # of the candidates
+    keep_experts: int | None
+    compression: float | None
+    group_size: int | None
+    protection: Protection
+
+
+def _chosen(
+    opened: OpenModel, asked: _Asked, how: _How, compute: ComputeOptions, progress: Progress
+) -> Choice:
+    """Observe, make all candidates and measure them. Raises as `choose` does."""
+    from reap2gguf.choosing.candidates import kept_by
+    from reap2gguf.choosing.measure import Chooser
+    from reap2gguf.choosing.merged import Merging
+    from reap2gguf.pruning.protection import protected_experts
+    from reap2gguf.pruning.select import choose_target
+
+    checkpoint, model = opened.checkpoint, opened.model
+    target = choose_target(model.facts, how.keep_experts, how.compression)
+    merging = merging_of(how.names), how.group_size, how.protection
+    makes = Merging.of(checkpoint, model, target, *merging)
+    split, held_out, other = asked.read(opened, progress)
+    begun = time.monotonic()
+    seen = asked.observed(opened, split.seen, compute, progress)
+    observing = time.monotonic()
+    protected = protected_experts(how.protection, seen, target, model.facts).all
+    kept = kept_by(criteria_of(how.names), seen, target, model.facts, protected)
+    with asked.folder("merge") as folder, ExitStack() as stack:
+        where = asked.resuming(compute, "")
+        merged, seconds = makes.views(split.seen, folder, where, stack, progress)
+        chooser = Chooser(checkpoint, model, kept, held_out, other, merged)
+        repairs = split.seen if BEST_REPAIRED in how.names else None
+        record, more = asked.chosen(chooser, checkpoint, repairs, compute, progress)
+        views = {name: dict(view.kept) for name, view in merged.items()}
+    seconds |= more
+    seconds |= {"observing": observing - begun, "measuring": time.monotonic() - observing}
+    method, is_repaired = split_name(record.chosen)
+    stay, size = {**kept, **views}[method], makes.group_size if "ream" in merged else None
+    counts = target.n_experts, target.n_kept
+    return Choice(method, is_repaired, *counts, stay, record, seconds, size)
 
 
 @dataclass(frozen=True)
@@ -240,7 +288,7 @@ class _Asked:
         fingerprint = checkpoint.fingerprint()
 
         def evaluate(asked: Measurement) -> Scores:
-            kept = [(name, sorted(view.kept.items())) for name, view in asked.views.items()]
+            kept = [(n, sorted(v.kept.items()), v.identity) for n, v in asked.views.items()]
             key = key_of(fingerprint, kept, rows_sha256(asked.rows))
             where = self.resuming(compute, key)
             return evaluate_variants(asked.variants, asked.rows, asked.pairs, where, progress)
@@ -253,7 +301,7 @@ class _Asked:
         if repairs is None:
             return chooser.choose(evaluate, None)
         rows = repairs
-        with self._folder() as folder:
+        with self.folder("repair") as folder:
             return chooser.choose(
                 evaluate,
                 lambda view, stack: _repaired(
@@ -262,13 +310,13 @@ class _Asked:
             )
 
     @contextmanager
-    def _folder(self) -> Iterator[Path]:
-        """Where the files of a repair lie: beside the output, so that it resumes, or for now."""
-        if self.output is None:
+    def folder(self, what: str) -> Iterator[Path]:
+        """Where files of a repair or a merge lie: beside the output, to resume, or for now."""
+        if self.output is not None:
+            yield self.output.with_name(f"{self.output.name}.state-{what}")
+        else:
             with TemporaryDirectory(prefix="reap2gguf-") as folder:
                 yield Path(folder)
-        else:
-            yield self.output.with_name(f"{self.output.name}.state-repair")
 
     def resuming(self, compute: ComputeOptions, key: str) -> ComputeOptions:
         """Keep the progress between layers beside the output."""

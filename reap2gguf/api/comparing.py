@@ -15,9 +15,11 @@ from reap2gguf.progress import working
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from reap2gguf.comparing.compared import ModelComparison
     from reap2gguf.comparing.opening import Opened
+    from reap2gguf.progress import Progress
 
 
 def compare(
@@ -53,23 +55,15 @@ def compare(
     if not models:
         raise UsageError("no model to compare; pass GGUF files or folders")
     given = models if reference is None else (*models, reference)
-    drawn, target = (
-        None if path is None else result_file(path, given, text) for path in (picture, output)
-    )
-    if drawn is not None and drawn == target:
-        raise UsageError(f"output {target}: the picture is written there; pass another output")
+    drawn, target = _files_to_write(given, text, picture, output)
     compute = given_or_new("compute", compute, ComputeOptions)
-    shown = to_progress(progress)
+    reports = to_progress(progress)
     with ExitStack() as stack:
-        with working(shown, "Reading headers"):
+        with working(reports, "Reading headers"):
             from reap2gguf.comparing.compared import compared
-            from reap2gguf.comparing.opening import open_all
 
-            named = [os.fspath(model) for model in models]
             wanted = None if reference is None else os.fspath(reference)
-            if wanted is not None and wanted not in named:
-                named.insert(0, wanted)
-            opened = open_all(named, stack, shown)
+            opened = _opened(models, wanted, stack, reports)
         if not quality:
             result = compared(opened)
         else:
@@ -77,15 +71,44 @@ def compare(
 
             state = None if target is None else target.with_name(f"{target.name}.state")
             asked = Question(text, chunks, chunk, compute, state)
-            result = measure(opened, _reference(opened, wanted), asked, shown)
-    if drawn is not None and processes().is_first:
+            result = measure(opened, _reference(opened, wanted), asked, reports)
+    if processes().is_first:
+        _write(result, drawn, target)
+    return result
+
+
+def _files_to_write(
+    models: Sequence[PathLike], text: str, picture: PathLike | None, output: PathLike | None
+) -> tuple[Path | None, Path | None]:
+    """The files of the picture and of the figures. Raises UsageError as `compare` does."""
+    drawn, target = (
+        None if path is None else result_file(path, models, text) for path in (picture, output)
+    )
+    if drawn is not None and drawn == target:
+        raise UsageError(f"output {target}: the picture is written there; pass another output")
+    return drawn, target
+
+
+def _opened(
+    models: Sequence[PathLike], wanted: str | None, stack: ExitStack, progress: Progress
+) -> list[Opened]:
+    """All models, first a reference that is none of them."""
+    from reap2gguf.comparing.opening import open_all
+
+    named = [os.fspath(model) for model in models]
+    if wanted is not None and wanted not in named:
+        named.insert(0, wanted)
+    return open_all(named, stack, progress)
+
+
+def _write(result: ModelComparison, drawn: Path | None, target: Path | None) -> None:
+    if drawn is not None:
         from reap2gguf.comparing.picture import write_picture
 
         write_picture(result, drawn)
-    if target is not None and processes().is_first:
+    if target is not None:
         result.save(target)
         drop_states(target)
-    return result
 
 
 def _reference(opened: Sequence[Opened], wanted: str | None) -> Opened:

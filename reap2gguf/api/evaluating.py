@@ -18,6 +18,7 @@ from reap2gguf.outputs import drop_states, result_file
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.evaluation import Evaluation
+    from reap2gguf.bundle.manifest import Manifest
     from reap2gguf.evaluating.opening import OpenVariants
     from reap2gguf.progress import Progress
 
@@ -52,34 +53,44 @@ def evaluate(
     compute = given_or_new("compute", compute, ComputeOptions)
     target = None if output is None else check_path("output", output)
     given = [check_path("variant", path) for path in variants]
-    if target is not None and processes().is_first:
+    is_first = processes().is_first
+    if target is not None and is_first:
         _check_output(target, [model, *given, *([] if source is None else [source])], options)
     check_options(options, target)
     if update and (given or not _is_bundle(model)):
         raise UsageError(f"{model}: not a bundle; update writes into a bundle alone")
-    shown = to_progress(progress)
-    if update and processes().is_first:
+    reports = to_progress(progress)
+    if update and is_first:
         from reap2gguf.building.measured import check_recordable
 
-        check_recordable(Path(model).expanduser(), compute, shown)
+        check_recordable(Path(model).expanduser(), compute, reports)
     with ExitStack() as stack:
-        opened = _open(stack, model, given, source, follow_links, shown)
-        from reap2gguf.evaluating.whole import WholeEvaluation
-
-        assert opened.tokenizer is not None
-        found = WholeEvaluation(
-            opened.variants, opened.tokenizer, options, compute, target, shown
-        ).run()
-        if update and processes().is_first:
-            from reap2gguf.building.measured import record_evaluation
-
-            first = opened.variants[0]
-            measured = first.weights, first.model
-            record_evaluation(Path(model).expanduser(), found, measured, compute, shown)
-    if target is not None and processes().is_first:
+        opened = _open(stack, model, given, source, follow_links, reports)
+        found = _measured(opened, options, compute, target)
+        if update and is_first:
+            _record(Path(model).expanduser(), found, opened, compute)
+    if target is not None and is_first:
         found.save(target)
         drop_states(target)
     return found
+
+
+def _measured(
+    opened: OpenVariants, options: EvaluateOptions, compute: ComputeOptions, target: Path | None
+) -> Evaluation:
+    from reap2gguf.evaluating.whole import WholeEvaluation
+
+    tokenizer, progress = opened.tokenizer, opened.progress
+    assert tokenizer is not None
+    return WholeEvaluation(opened.variants, tokenizer, options, compute, target, progress).run()
+
+
+def _record(bundle: Path, found: Evaluation, opened: OpenVariants, compute: ComputeOptions) -> None:
+    """Write the figures into the bundle's manifest and cards."""
+    from reap2gguf.building.measured import record_evaluation
+
+    first = opened.variants[0]
+    record_evaluation(bundle, found, (first.weights, first.model), compute, opened.progress)
 
 
 def _check_output(target: Path, models: Sequence[PathLike], options: EvaluateOptions) -> None:
@@ -148,5 +159,19 @@ def _open_bundle(
         )
     if bundle.hf is not None:
         opened.folder(bundle.hf)
+    elif _is_quantized(manifest, opened):
+        kept = {layer: tuple(ids) for layer, ids in manifest.pruning.kept.items()}
+        opened.sliced(kept, manifest.pruning.mtp.state != "dropped")
     for record in manifest.gguf:
         opened.gguf(bundle.gguf / record.first, record.file)
+
+
+def _is_quantized(manifest: Manifest, opened: OpenVariants) -> bool:
+    """Whether a bundle without safetensors has files that are not just the source's blocks.
+
+    Then they are compared with the source without the experts that were removed, too.
+    """
+    if manifest.pruning.n_kept == manifest.pruning.n_experts:
+        return False
+    is_sliced = all(one.source_blocks == len(one.tensors) for one in manifest.gguf)
+    return not is_sliced or opened.variants[0].weights.gguf is None

@@ -77,9 +77,9 @@ def fit_recipe(
     target = asked_target(target_size, target_bpw, fit, fit_context)
     check_choice("device", device, DEVICES)
     check_choice("sensitivity", sensitivity, SENSITIVITIES)
-    compute, shown = ComputeOptions(device, threads=check_threads(threads)), to_progress(progress)
-    with open_named(model, shown, follow_links=follow_links) as opened:
-        fitting = _fitting(opened, output, given, target, fit_context, compute, shown)
+    compute, reports = ComputeOptions(device, threads=check_threads(threads)), to_progress(progress)
+    with open_named(model, reports, follow_links=follow_links) as opened:
+        fitting = _fitting(opened, output, given, target, fit_context, compute, reports)
         budget = fitting.budget()
         errors = fitting.errors(budget)
         weights = fitting.weights(errors) if sensitivity == MEASURED else None
@@ -100,13 +100,13 @@ def asked_target(
 
 
 def target_within(
-    target: SizeTarget, facts: ModelFacts, asked: int | None, shown: Progress
+    target: SizeTarget, facts: ModelFacts, asked: int | None, reports: Progress
 ) -> SizeTarget:
     """The target with a context that the model has; `asked` is the one that was given, if any."""
     from reap2gguf.fitting.target import context_note
 
     if target.card and asked is not None and asked > facts.context_length:
-        shown.note(context_note(target, facts.context_length))
+        reports.note(context_note(target, facts.context_length))
     return target.within(facts.context_length)
 
 
@@ -115,7 +115,7 @@ def probing_of(
     given: GivenImatrix,
     path: Path | None,
     compute: ComputeOptions,
-    shown: Progress,
+    reports: Progress,
 ) -> Probing:
     """What measures how much an error in each tensor of a model counts; `path` keeps it."""
     from reap2gguf.building.keys import ggml_identity, stage_key
@@ -135,7 +135,7 @@ def probing_of(
         given.imatrix,
         ProbedText(
             text.sha256,
-            lambda variants, pairs: evaluate_variants(variants, text.rows, pairs, compute, shown),
+            lambda variants, pairs: evaluate_variants(variants, text.rows, pairs, compute, reports),
         ),
         None if path is None else Cache(path, key),
     )
@@ -161,7 +161,7 @@ def _fitting(
     target: SizeTarget,
     context: int | None,
     compute: ComputeOptions,
-    shown: Progress,
+    reports: Progress,
 ) -> _Fitting:
     """The model and what is asked of it, where nothing that is written replaces what is read."""
     from reap2gguf.building.given import read_imatrix
@@ -175,8 +175,8 @@ def _fitting(
     tensors = opened.model.gguf_tensors(opened.checkpoint.tensors)
     read = read_imatrix(given, tensors)
     problem = Problem(tensors, facts, facts.n_experts, read.imatrix.entries)
-    target = target_within(target, facts, context, shown)
-    return _Fitting(opened, read, problem, target, output, errors, sensitivities, compute, shown)
+    target = target_within(target, facts, context, reports)
+    return _Fitting(opened, read, problem, target, output, errors, sensitivities, compute, reports)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class _Fitting:
     errors_file: Path
     sensitivities_file: Path
     compute: ComputeOptions
-    shown: Progress
+    reports: Progress
 
     def budget(self) -> Budget:
         """What the tensors may have; known from headers. Raises UsageError if it is too little."""
@@ -201,7 +201,7 @@ class _Fitting:
         room = header + _room(self.opened)
         budget = budget_of(self.target, self.problem, self.opened.model, room)
         if line := beyond(self.target, self.problem, budget, header):
-            self.shown.note(line)
+            self.reports.note(line)
         return budget
 
     def errors(self, budget: Budget) -> Errors:
@@ -212,13 +212,13 @@ class _Fitting:
         cache = Cache(self.errors_file, _key(self.opened, self.given))
         where = Where(self.compute.device, self.compute.threads)
         measuring = Measuring(self.opened.checkpoint, self.given.imatrix, cache, where)
-        return measuring.errors(self.problem, budget, self.shown)
+        return measuring.errors(self.problem, budget, self.reports)
 
     def weights(self, errors: Errors) -> Mapping[str, float]:
         """How much an error in each tensor counts, measured."""
         path = self.sensitivities_file
-        probing = probing_of(self.opened, self.given, path, self.compute, self.shown)
-        return probing.sensitivities(self.problem, errors, self.shown)
+        probing = probing_of(self.opened, self.given, path, self.compute, self.reports)
+        return probing.sensitivities(self.problem, errors, self.reports)
 
     def chosen(self, budget: Budget, errors: Errors, weights: Mapping[str, float] | None) -> Fitted:
         """The types with the least damage; without weights, by those of the table."""

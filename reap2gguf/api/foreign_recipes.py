@@ -33,11 +33,11 @@ def recipe_of(
     implemented, SourceError, ArtifactError, UsageError and OutputError.
     """
     target = _recipe_file(output, file)
-    shown = to_progress(progress)
-    with working(shown, f"Reading {file}"):
+    reports = to_progress(progress)
+    with working(reports, f"Reading {file}"):
         from reap2gguf.importing.from_file import recipe_of_header
 
-        header = _header(os.fspath(file), shown)
+        header = _header(os.fspath(file), reports)
         found = recipe_of_header(header, header.path.name.rsplit(":", 1)[-1])
     _write(target, found.as_toml())
     return found
@@ -66,10 +66,10 @@ def import_recipe(
     from reap2gguf.importing.imported import imported
 
     target = _recipe_file(output, text if isinstance(text, Path) else None, model)
-    shown = to_progress(progress)
+    reports = to_progress(progress)
     where = str(text) if isinstance(text, Path) else _TEXT
     foreign = read_foreign(text_of_file(text) if isinstance(text, Path) else text, where, base)
-    tensors = None if model is None else _tensors(model, shown)
+    tensors = None if model is None else _tensors(model, reports)
     name = "imported" if target is None else target.stem
     found = imported(foreign, name, tensors)
     _write(target, found.as_toml())

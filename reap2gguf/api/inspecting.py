@@ -46,7 +46,7 @@ def inspect(
     from reap2gguf.artifacts.observations import Observations
     from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
     from reap2gguf.gguf_files.imatrix_statistics import inspect_imatrix
-    from reap2gguf.pruning.inspection import RATIOS, inspect_bundle, inspect_observations
+    from reap2gguf.pruning.inspection import RATIOS, inspect_observations
 
     if method is not None:
         check_choice("method", method, tuple(OBSERVED))
@@ -57,16 +57,7 @@ def inspect(
         return inspect_observations(what, method or "reap", chosen)
     path = Path(os.path.realpath(check_path("path", what)))  # the user named it
     if path.is_dir():
-        manifest = _manifest(path)
-        seen = observations_of(manifest, path)
-        if ratios is None:
-            return inspect_bundle(manifest, seen, method)
-        if seen is None:
-            raise UsageError(
-                f"{path}: the observations are no longer in .work/observations beside the bundle, "
-                "so other ratios cannot be shown; leave out --ratios"
-            )
-        return inspect_observations(seen, method or manifest.pruning.method, chosen)
+        return _of_bundle(path, method, None if ratios is None else chosen)
     if _is_model(path):
         from reap2gguf.gguf_source.inspection import inspect_gguf
         from reap2gguf.models.table import BY_GGUF
@@ -75,6 +66,24 @@ def inspect(
     if _is_imatrix(path):
         return inspect_imatrix(load_imatrix(path))
     return inspect_observations(Observations.load(path), method or "reap", chosen)
+
+
+def _of_bundle(
+    folder: Path, method: str | None, ratios: Sequence[float] | None
+) -> ObservationsInspection | BundleInspection:
+    """What a bundle keeps, or what other ratios would keep."""
+    from reap2gguf.pruning.inspection import inspect_bundle, inspect_observations
+
+    manifest = _manifest(folder)
+    seen = observations_of(manifest, folder)
+    if ratios is None:
+        return inspect_bundle(manifest, seen, method)
+    if seen is None:
+        raise UsageError(
+            f"{folder}: the observations are no longer in .work/observations beside the bundle, "
+            "so other ratios cannot be shown; leave out --ratios"
+        )
+    return inspect_observations(seen, method or manifest.pruning.method, ratios)
 
 
 def _ratios(ratios: Sequence[float]) -> tuple[float, ...]:

@@ -100,7 +100,7 @@ def _given(
     kept: Mapping[int, Sequence[int]] | PathLike,
 ) -> Selection:
     """The experts that the user named."""
-    from reap2gguf.building.given_kept import (
+    from reap2gguf.pruning.given_kept import (
         check_kept_map,
         read_kept_map,
         refuse_beside_kept,

@@ -209,7 +209,7 @@ def prune(
 
                 output = prune_to_gguf(opened, view, selection.method, output, shown)
             else:
-                from reap2gguf.building.history import original_of
+                from reap2gguf.pruning.history import original_of
 
                 method = selection.method
                 of = opened.source, opened.checkpoint, opened.model.facts, view.kept, method
@@ -352,10 +352,11 @@ def _export(
     from reap2gguf.exporting.journal import ExportJournal
     from reap2gguf.exporting.model_files import export_model
     from reap2gguf.exporting.quantizers import note_quantizers
-    from reap2gguf.exporting.row_ranges import check_imatrix
+    from reap2gguf.exporting.row_ranges import check_imatrix, made_types
     from reap2gguf.gguf_files.imatrix_coverage import shapes_of
     from reap2gguf.gguf_files.imatrix_fit import fit
     from reap2gguf.quantizing.minimum import check_minimum, check_needed
+    from reap2gguf.quantizing.source_blocks import note_blocks
 
     name = opened.source.short_name
     fingerprint = opened.checkpoint.fingerprint()
@@ -366,9 +367,9 @@ def _export(
     journal = ExportJournal(path, key)
     names, checkpoint = HeaderNames(name), opened.checkpoint
     imatrix = None if weighted_by is None else weighted_by.imatrix
-    types = {tensor: {kind} for tensor, kind in recipe.tensor_types().items()}
     # the export checks it too, but later: an error is to come before the line about quantizers
     tensors = opened.model.gguf_tensors(checkpoint.tensors)
+    types = made_types(tensors, [recipe.tensor_types()])
     if imatrix is None:
         why = "none is given; compute one with `reap2gguf imatrix` and pass --imatrix"
         check_needed(recipe, (), why)
@@ -378,6 +379,7 @@ def _export(
         by_expert = fit(weighted_by.imatrix, shapes_of(tensors), weighted_by.file).imatrix
     check_minimum(recipe, by_expert, "" if weighted_by is None else weighted_by.file)
     weighted = () if imatrix is None else imatrix.entries.keys()
+    note_blocks(checkpoint, [recipe], progress.note)
     note_quantizers([recipe], weighted, compute.device, progress)
     export_model(
         checkpoint,

@@ -100,14 +100,7 @@ def _add(
     # a bundle that was put into the place of another one is not what the record is about
     if finished is not None and is_changed(work, manifest):
         inputs = Inputs("")
-    records = {record.file: record for record in manifest.gguf}
-    recipes = []
-    for recipe in asked:
-        file = record_name(manifest, recipe)
-        if _is_same(records.get(file), recipe) and (work.final_gguf / file).is_file():
-            progress.note(f"{file}: the bundle has it already")
-        else:
-            recipes.append(recipe)
+    recipes = _new_recipes(asked, work, manifest, progress)
     adopted = [
         adopt(path, of_files.get(str(path)), manifest, reference, options.compute.threads, progress)
         for path in options.files
@@ -149,6 +142,21 @@ def _resolved(
                 "rule"
             )
     return recipes
+
+
+def _new_recipes(
+    asked: Sequence[ResolvedRecipe], work: Workdir, manifest: Manifest, progress: Progress
+) -> list[ResolvedRecipe]:
+    """The recipes whose files the bundle does not have yet, or has of another recipe."""
+    records = {record.file: record for record in manifest.gguf}
+    new = []
+    for recipe in asked:
+        file = record_name(manifest, recipe)
+        if _is_same(records.get(file), recipe) and (work.final_gguf / file).is_file():
+            progress.note(f"{file}: the bundle has it already")
+        else:
+            new.append(recipe)
+    return new
 
 
 def _is_same(record: GgufRecord | None, recipe: ResolvedRecipe) -> bool:

@@ -54,8 +54,8 @@ def adopt(
     """Verify a file against the bundle's model. `label` ends its new name; None: its own.
 
     Raises UsageError for a file whose type tells no label, RecipeError for a label that no file can
-    have, ArtifactError if it is broken,
-    VerificationError if it is not of this model, OutputError if it changes while it is read.
+    have, ArtifactError if it is broken, VerificationError if it is not of this model, OutputError
+    if it changes while it is read.
     """
     given, path = path, Path(os.path.realpath(path))  # the user named it
     if parse_part_name(given.name) is not None:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.gguf_files.reader import GgufHeader
-    from reap2gguf.hub.retry import Note
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import GgufTensor
     from reap2gguf.options import BuildOptions
@@ -34,10 +33,8 @@ def is_sliced(options: BuildOptions, checkpoint: Checkpoint) -> bool:
     return checkpoint.gguf is not None and options.recipes is DEFAULT_RECIPES
 
 
-def check_gguf_options(
-    options: BuildOptions, checkpoint: Checkpoint, target: Target, note: Note
-) -> None:
-    """Raises UsageError for what a build cannot make of a GGUF file; says what a recipe costs."""
+def check_gguf_options(options: BuildOptions, checkpoint: Checkpoint, target: Target) -> None:
+    """Raises UsageError for what a build cannot make of a GGUF file."""
     if checkpoint.gguf is None:
         return
     if options.dequantize is not None:
@@ -52,10 +49,6 @@ def check_gguf_options(
             "there are none; leave it out, or pass the safetensors checkpoint"
         )
     if not is_sliced(options, checkpoint):
-        note(
-            f"{checkpoint.gguf.path}: its weights are quantized again by the recipe, and lose "
-            "twice; without --recipe its blocks stay as they are"
-        )
         return
     if options.tensor_types or options.labels:
         how = "--set or --tensor-type" if options.tensor_types else "--label"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,6 @@ from reap2gguf.building.adopting import Adopted, adopt
 from reap2gguf.building.bundle_files import BundleFiles
 from reap2gguf.building.finished import Inputs
 from reap2gguf.building.given import GivenImatrix, read_imatrix
-from reap2gguf.building.history import read_history
 from reap2gguf.building.naming import check_given_name
 from reap2gguf.building.pruned_choice import Choice, method_of, observed, protected_in
 from reap2gguf.building.record import (
@@ -68,6 +67,7 @@ from reap2gguf.gguf_files.imatrix import save_both
 from reap2gguf.models.description import Dropped
 from reap2gguf.models.side_values import side_files
 from reap2gguf.models.table import describe
+from reap2gguf.pruning.history import read_history
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import written_names
 from reap2gguf.quantizing.labels import twice
@@ -136,31 +136,17 @@ def _bundle(
 ) -> BuildResult:
     view, threads = parts.view, options.threads
     manifest = _manifest(parts, work.name)
+    names = sorted(written_names(view)) if parts.is_pruned else []
+    shards = {name: Path(os.path.realpath(options.folder / name)) for name in names}
+    before = _times(shards.values())
     passed = []
-    shards = [Path(os.path.realpath(options.folder / name)) for name in sorted(written_names(view))]
-    before = _times(shards) if parts.is_pruned else []
     if parts.is_pruned:
         if violations := check_pruned(options.folder, view, progress, threads):
             raise VerificationError(violations, _ADVICE)
         passed.append(passed_folder(len(view.stored.tensors)))
     adopted = _adopted(options, manifest, view, progress)
     passed += [passed_file(a.record.file, len(a.record.tensors), Level.VALUES) for a in adopted]
-
-    work.prepare_addition({"bundle": hashlib.sha256(manifest.text().encode()).hexdigest()})
-    for made in (work.gguf, *([work.hf] if work.has_hf else [])):
-        for stale in made.iterdir():
-            remove(stale)
-    if work.has_hf:
-        for file, name in zip(shards, sorted(written_names(view)), strict=True):
-            link_or_copy(file, work.hf / name)
-    for one in adopted:
-        link_or_copy(Path(os.path.realpath(one.path)), work.gguf / one.record.file)
-    if parts.text is not None:
-        link_or_copy(parts.text, work.gguf / CALIBRATION_FILE)
-    if parts.seen is not None:
-        parts.seen[2].save(work.gguf / OBSERVATIONS_FILE)
-    if parts.imatrix is not None:
-        save_both(parts.imatrix.imatrix, work.gguf / IMATRIX_FILE)
+    _place(parts, manifest, work, shards, adopted)
     sides = side_files(view.model, view)
     passed += _write_sides(sides, manifest, view, work, threads, progress)
     manifest = replace(
@@ -173,11 +159,35 @@ def _bundle(
         hash_folder(work.hf, threads) if work.has_hf else {}, hash_folder(work.gguf, threads)
     )
     _check_unchanged(files, adopted)
-    if parts.is_pruned and _times(shards) != before:
+    if _times(shards.values()) != before:
         raise OutputError(f"{options.folder}: {_CHANGED}")
     manifest = write_texts(work, manifest, files, parts.source.source.folder)
     work.finalize(Inputs(""), [])
     return BuildResult.of(work, manifest)
+
+
+def _place(
+    parts: _Parts,
+    manifest: Manifest,
+    work: Workdir,
+    shards: Mapping[str, Path],
+    adopted: Sequence[Adopted],
+) -> None:
+    """Link everything that was given into empty folders of the bundle; `shards` by their names."""
+    work.prepare_addition({"bundle": hashlib.sha256(manifest.text().encode()).hexdigest()})
+    for made in (work.gguf, *([work.hf] if work.has_hf else [])):
+        for stale in made.iterdir():
+            remove(stale)
+    for name, file in shards.items():
+        link_or_copy(file, work.hf / name)
+    for one in adopted:
+        link_or_copy(Path(os.path.realpath(one.path)), work.gguf / one.record.file)
+    if parts.text is not None:
+        link_or_copy(parts.text, work.gguf / CALIBRATION_FILE)
+    if parts.seen is not None:
+        parts.seen[2].save(work.gguf / OBSERVATIONS_FILE)
+    if parts.imatrix is not None:
+        save_both(parts.imatrix.imatrix, work.gguf / IMATRIX_FILE)
 
 
 def _refuse_existing(work: Workdir) -> None:
@@ -373,7 +383,7 @@ def _check_unchanged(files: BundleFiles, adopted: Sequence[Adopted]) -> None:
             raise OutputError(f"{one.path}: {_CHANGED}")
 
 
-def _times(files: Sequence[Path]) -> list[tuple[int, int]]:
+def _times(files: Iterable[Path]) -> list[tuple[int, int]]:
     """Size and time of change of each file; none for one that is missing, which is a violation."""
     stats = [file.stat() for file in files if file.exists()]
     return [(stat.st_size, stat.st_mtime_ns) for stat in stats]

@@ -159,7 +159,7 @@ def _of_variants(options: ComputeOptions, asked: Measurement) -> ComputeOptions:
 
 
 def choose_method(run: Run, texts: ReadTexts, observed: Observe | None) -> Plan:
-    """The plan with the method that is best; the run goes on with it. All processes call this."""
+    """The plan with the method that is best; the run continues with it. All processes call this."""
     kept = run.agree(lambda: candidates_of(run.plan, texts, observed))
     stage = run.do(Choose(run, texts, kept))
     record = run.agree(lambda: stage.result)

@@ -93,4 +93,4 @@ def _stored_scores(path: Path, key: str) -> dict[int, Scores] | None:
             return None
         return {int(layer): np.array(values, float) for layer, values in found["layers"].items()}
     except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
-        return None
+        return None  # none yet, or damaged: they are computed again

@@ -84,7 +84,7 @@ class Evaluate(Stage[Evaluation]):
         source = plan.checkpoint
         bits = 8 * source.n_bytes / source.n_parameters
         found = [Variant("source", "source", source, plan.model, source.n_bytes, bits)]
-        if plan.writes_hf:
+        if plan.target.prunes and not plan.slices:
             bits = 8 * pruned.n_bytes / pruned.n_parameters
             found.append(Variant("pruned", "pruned", pruned, pruned.model, pruned.n_bytes, bits))
         for path, recipe in self._export.files.items():

@@ -73,6 +73,8 @@ def _report(run: Run, found: Standing) -> None:
         note(f"not named by this command, kept: {', '.join(others)} (--replace deletes them)")
     for file in found.gone:
         note(f"{file} was removed from the bundle")
+    for file in found.changed:
+        note(f"{file} was changed since the bundle was finished; it is written again")
     for record in found.dropped:
         note(f"{record.file} is deleted")
     if not found.is_up_to_date:
@@ -80,7 +82,18 @@ def _report(run: Run, found: Standing) -> None:
         return
     versions = other_versions(found.manifest.program, program_versions())
     state = f"up to date, {versions}" if versions else "up to date"
-    note(f"{name}: {state}; `reap2gguf verify` checks it, --fresh builds it from scratch")
+    note(f"{name}: {state}; {_what_was_checked(found)}; --fresh builds it from scratch")
+
+
+def _what_was_checked(found: Standing) -> str:
+    """By what the files were taken for the same."""
+    stamped = found.n_files - found.n_hashed
+    text = f"{stamped:,} files have the size and the time of change that the build left"
+    if found.n_hashed:
+        text += f", and {found.n_hashed:,} with another time have their SHA-256"
+    if not stamped:
+        return f"{found.n_hashed:,} files have their SHA-256"
+    return f"{text} (`reap2gguf verify` reads all bytes)"
 
 
 def _addition(run: Run, found: Standing) -> Addition:

@@ -28,17 +28,13 @@ class Finished:
 
     inputs: Inputs
     stamps: Mapping[str, Stamp]  # by path below the output folder
+    sums_sha256: str = ""  # of SHA256SUMS; "": the record is older than this field
 
     def changed(self, output: Path, names: Iterable[str]) -> list[str]:
         """Those of some files that are not as they were left, or are not in the record."""
         wanted = list(names)
         kept = {name: self.stamps[name] for name in wanted if name in self.stamps}
         return [name for name in wanted if name not in kept] + changed(output, kept)
-
-    def has(self, output: Path, name: str) -> bool:
-        """Whether a file of the record is there with its size."""
-        path, stamp = output / name, self.stamps.get(name)
-        return stamp is not None and path.is_file() and path.stat().st_size == stamp[0]
 
 
 def read_finished(values: Mapping[str, Any]) -> Finished:
@@ -51,4 +47,4 @@ def read_finished(values: Mapping[str, Any]) -> Finished:
     stamps = {
         str(name): (int(n_bytes), int(times.get(name, -1))) for name, n_bytes in sizes.items()
     }
-    return Finished(Inputs(base, recipes), stamps)
+    return Finished(Inputs(base, recipes), stamps, str(values.get("sums_sha256", "")))

@@ -112,12 +112,12 @@ def check_needs_observations(method: str, given: object | None) -> None:
     if is_from_weights(method) and given is not None:
         raise UsageError(
             f"--method {method} ranks experts by their weights alone, and --observations were "
-            "given; leave one of both out"
+            "given; leave one of them out"
         )
     if merges(method) and given is not None:
         raise UsageError(
             f"--method {method} finds in a pass of its own which experts become one, and "
-            "--observations were given; leave one of both out"
+            "--observations were given; leave one of them out"
         )
     if not is_from_weights(method) and not merges(method) and given is None:
         raise UsageError(

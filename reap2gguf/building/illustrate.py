@@ -19,7 +19,9 @@ from reap2gguf.bundle.pictures.files import (
     bits_picture,
     quality_picture,
 )
+from reap2gguf.bundle.wording import wording
 from reap2gguf.gguf_files.reader import read_gguf_header
+from reap2gguf.pruning.methods import NO_METHOD
 from reap2gguf.pruning.usage import expert_use
 
 if TYPE_CHECKING:
@@ -45,7 +47,9 @@ def draw_pictures(manifest: Manifest, folder: Path) -> dict[str, bytes]:
             found[USAGE_PICTURE] = usage_picture(uses)
         if points:
             assert manifest.evaluation is not None
-            found[QUALITY_PICTURE] = quality_picture(points, _pruning(manifest.evaluation))
+            is_whole = manifest.pruning.method == NO_METHOD
+            words = None if is_whole else wording(manifest.pruning)
+            found[QUALITY_PICTURE] = quality_picture(points, _pruning(manifest.evaluation), words)
         found[BITS_PICTURE] = bits_picture(types, shapes)
     return found
 

@@ -42,7 +42,7 @@ def merged_beside(
 ) -> Iterator[tuple[PrunedView, MergeRecord]]:
     """The merged model and its record, for as long as the context is open.
 
-    The new weights wait in a hidden folder beside `folder`, from which an interrupted call goes on.
+    The new weights wait in a hidden folder beside `folder`, from which an interrupted call resumes.
     It is removed when the context ends without an error. Raises what `merge` raises.
     """
     from reap2gguf.merging.layer import MergeSpec

@@ -11,7 +11,7 @@ from reap2gguf.bundle.layout import GGUF_SUFFIX, BundleFolders
 from reap2gguf.errors import UsageError
 from reap2gguf.messages import shown
 from reap2gguf.pruning.counts import WEIGHED
-from reap2gguf.pruning.methods import MERGING, OBSERVED
+from reap2gguf.pruning.methods import MERGING, OBSERVED, method_name
 
 if TYPE_CHECKING:
     from reap2gguf.hub.retry import Note
@@ -30,7 +30,7 @@ def bundle_name(options: BuildOptions, source: Source, target: Target, note: Not
 
     Where the number of experts is weighed, it is `<source>-auto-<size>`.
     Where experts are not ranked by one of REAP's criteria, it is `<source>-pruned-<compression>`;
-    where they are merged, `<source>-REAM-<compression>` or `<source>-merged-<compression>`.
+    where they are merged, `<source>-REAM-<compression>` or `<source>-HC-SMoE-<compression>`.
     The ratio has two decimals, or more if needed. Where the Hub does not allow the source's name,
     for its letters or its length, `note` gets the name that is used. Raises UsageError for a given
     name that is not allowed, and if the result would replace the source.
@@ -95,7 +95,7 @@ def _ending(options: BuildOptions, target: Target) -> str:
     if options.kept is None and options.method in OBSERVED:
         how = "REAP"
     elif options.kept is None and options.method in MERGING:
-        how = {"ream": "REAM"}.get(options.method, "merged")
+        how = method_name(options.method)
     return f"-{how}-{shown_ratio}"
 
 

@@ -7,21 +7,25 @@ Stages in braces overlap: GGUF files are written layer by layer as their importa
 the safetensors, and each format is verified when it is written (`together.py`). With a target size,
 `fit` chooses the types of a file between `imatrix` and `export`, and so the export waits.
 
-With `--compression auto` a stage weighs numbers of experts against bits for the size that was
-asked for, and the plan goes on with the best. With `--method auto` a stage measures which method of
-pruning is best, and the plan goes on with it. The kept experts are repaired where that is asked
-for: what follows is then of the repaired model. A method that merges experts has a stage of its
-own, which finds the experts that stay as well.
-A build that keeps all experts has nothing to observe and nothing to prune: it writes GGUF files
-alone. One that ranks experts by their weights has nothing to observe. Given observations, and a
-given importance matrix, take the place of the stages that make them; with both, no text is read.
-With `--imatrix-from source` the stage `observe` takes the sums of the importance matrix, too.
-Quality is measured where that is asked for, or costs little.
+A build has only the stages that its options ask for:
 
-`stages.py`, `choose_stage.py`, `verify_stage.py` and `evaluate_stage.py` declare each stage, and
-`stage.py` says how one is reused and resumed. Nothing gets its final name before everything is
-verified. Started by torchrun, every process runs this list; those that are not the first compute
-their share of the sweeps and leave after the importance matrix.
+- `weigh` (`--compression auto`) weighs numbers of experts against bits for the size that was asked
+  for, and the plan continues with the best one.
+- `choose` (`--method auto`) measures which method of pruning costs least, and the plan continues
+  with it.
+- `merge` finds the experts that remain and merges the others into them; `repair` fits those that
+  remain. What follows is then of the merged or repaired model.
+- A build that keeps all experts has nothing to observe and nothing to prune: it writes GGUF files
+  alone. One that ranks experts by their weights has nothing to observe.
+- Given observations, and a given importance matrix, take the place of the stages that make them;
+  with both, no text is read. With `--imatrix-from source`, `observe` takes the sums of the
+  importance matrix, too.
+- `evaluate` measures quality where that is asked for, or costs little.
+
+`stages.py` and the files `*_stage.py` declare the stages, and `stage.py` says how one is reused and
+resumed. Nothing gets its final name before everything is verified. Started by torchrun, every
+process runs this list; those that are not the first compute their share of the sweeps and leave
+after the importance matrix.
 """
 
 from __future__ import annotations
@@ -50,6 +54,7 @@ from reap2gguf.building.stages import Export, Importance, Observe, Prune
 from reap2gguf.building.standing import refuse_dropping, standing
 from reap2gguf.building.text_stage import ReadTexts
 from reap2gguf.building.together import do_after, do_together
+from reap2gguf.building.unchanged import Hashing
 from reap2gguf.building.verify_stage import Verify
 from reap2gguf.building.weigh_stage import Weigh, known_budget, weigh_experts
 from reap2gguf.building.weighed import settled
@@ -208,12 +213,13 @@ def _evidence(
 def _standing(run: Run) -> Standing | None:
     """The finished bundle that the build only has to extend, as `standing` finds it.
 
-    Where its number of experts was weighed, the run goes on with that number.
+    Where its number of experts was weighed, the run continues with that number.
     """
     plan = run.plan
     if (record := known_budget(plan, run.keys, run.work)) is not None:
         run.work.has_hf = run.settle(settled(plan, record)).writes_hf
-    found = standing(run.plan, run.keys, run.work)
+    hashing = Hashing(plan.options.compute.threads, run.progress)
+    found = standing(run.plan, run.keys, run.work, hashing)
     if found is None and record is not None:  # it is not what it was: everything is done again
         run.work.has_hf = run.settle(plan).writes_hf
     return found

@@ -6,11 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from reap2gguf.building.as_stored import (
-    is_sliced,
-    recipes_of,
-    tokenizer_notes,
-)
+from reap2gguf.building.as_stored import is_sliced, recipes_of, tokenizer_notes
 from reap2gguf.building.asked import read_options
 from reap2gguf.building.given import (
     GivenImatrix,
@@ -19,11 +15,6 @@ from reap2gguf.building.given import (
     keep_given,
     read_observations,
 )
-from reap2gguf.building.given_kept import (
-    GivenKept,
-    given_kept_of,
-)
-from reap2gguf.building.history import History, read_history
 from reap2gguf.building.naming import bundle_name
 from reap2gguf.building.plan_checks import (
     check_changes,
@@ -33,6 +24,7 @@ from reap2gguf.building.plan_checks import (
 )
 from reap2gguf.building.plan_sides import planned_side_files
 from reap2gguf.building.sized import SizedFile, other_labels, with_sized, within_context
+from reap2gguf.building.sliced_files import sliced_files
 from reap2gguf.building.weighed import Opened, asked_target, check_matrix, with_first_experts
 from reap2gguf.bundle.layout import BundleFolders, model_file, side_file
 from reap2gguf.bundle.manifest import NO_METHOD
@@ -59,8 +51,14 @@ from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.models.description import Dropped, SideFile
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
+from reap2gguf.pruning.given_kept import (
+    GivenKept,
+    given_kept_of,
+)
+from reap2gguf.pruning.history import History, read_history
 from reap2gguf.pruning.methods import GIVEN, GROUP_SIZE, METHODS, is_from_weights, merges
 from reap2gguf.quantizing.labels import LabelledFile, label_warnings
+from reap2gguf.quantizing.source_blocks import note_blocks
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.budget import BudgetRecord
@@ -210,7 +208,7 @@ class Plan:
     @property
     def n_variants(self) -> int:
         """How many forms of the model an evaluation compares: source, pruned, and every file."""
-        return 1 + self.writes_hf + len(self.recipes)
+        return 1 + (self.target.prunes and not self.slices) + len(self.recipes)
 
     @property
     def writes_hf(self) -> bool:
@@ -269,6 +267,13 @@ class Plan:
 
     def gguf_name(self, recipe: ResolvedRecipe) -> str:
         return model_file(self.name, recipe.label)
+
+    def file_sizes(self, recipe: ResolvedRecipe) -> list[int]:
+        """Bytes of a file, or of each part: its tensors', with the header where all are copied."""
+        if not self.slices:
+            return [recipe.n_bytes]
+        files = sliced_files(self, self.pruned, self.options.output).files
+        return [file.start.n_bytes for file in files]
 
     def side_name(self, side: SideFile) -> str:
         return side_file(side.prefix, self.name)
@@ -396,6 +401,7 @@ def _with_files(plan: Plan, opened: Opened, note: Note) -> Plan:
     """The plan with the file whose types are chosen for a size, if any, and with side files."""
     header = opened.header(plan.pruned)
     sized, recipes = with_sized(plan.options, plan.pruned, header, plan.weighted, plan.recipes)
+    note_blocks(plan.checkpoint, recipes if sized is None else recipes[:-1], note)
     sides = planned_side_files(plan.model, plan.checkpoint)
     for line in (line for side in sides for line in side.notes):
         note(line)

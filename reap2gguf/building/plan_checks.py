@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def check_changes(options: BuildOptions, opened: Opened, target: Target, note: Note) -> None:
     """Refuse what cannot be done to this model, or not with so many experts: UsageError."""
-    check_gguf_options(options, opened.checkpoint, target, note)
+    check_gguf_options(options, opened.checkpoint, target)
     if options.repair != "none":
         check_repair(opened.checkpoint, opened.model, target.prunes)
     if options.dequantize and not target.prunes:

@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.atomic import output_errors, rename, write_whole
-from reap2gguf.building.history import ORIGINAL
 from reap2gguf.bundle.card import short_card
-from reap2gguf.bundle.front_matter import PrunedFrom
+from reap2gguf.bundle.front_matter import PrunedFrom, methods_of
 from reap2gguf.bundle.layout import CARD_FILE, KEPT_FILE
+from reap2gguf.bundle.records import MergeRecord, RepairRecord
 from reap2gguf.errors import VerificationError
 from reap2gguf.machine import available_threads
+from reap2gguf.pruning.history import ORIGINAL
 from reap2gguf.pruning.write import write_pruned
 from reap2gguf.verifying.hf_folder import check_pruned
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from reap2gguf.bundle.records import EarlierPruning, MergeRecord, RepairRecord
+    from reap2gguf.bundle.records import EarlierPruning
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.progress import Progress
@@ -54,27 +55,45 @@ def prune_to_folder(
     with output_errors(folder):
         made.mkdir()  # with the permissions that the user's umask gives to folders
     try:
-        kept, threads = pruned.kept, available_threads()
+        threads = available_threads()
         write_pruned(pruned, made, progress, n_threads=threads)
-        record: dict[str, Any] = {
-            "method": method,
-            "kept_experts": {str(k): v for k, v in sorted(kept.items())},
-        }
-        if protected:
-            record["protected"] = {str(k): v for k, v in sorted(protected.items())}
-        if original is not None:
-            record[ORIGINAL] = asdict(original)
-        if change is not None:
-            record[change.what] = asdict(change)
+        record = _record(pruned, method, protected, change, original)
         write_whole(made / KEPT_FILE, json.dumps(record, indent=1) + "\n")
         has_vision = bool(model.side_files(checkpoint.folder, checkpoint.tensors))
-        about = PrunedFrom(source, model.facts.architecture, has_vision)
-        named = KEPT_FILE, "" if change is None else change.word
-        card = short_card(folder.name, checkpoint.folder / CARD_FILE, about, *named)
+        about = PrunedFrom(
+            source,
+            model.facts.architecture,
+            has_vision,
+            methods=methods_of(method, original),
+            is_repaired=isinstance(change, RepairRecord),
+        )
+        merged_by = method if isinstance(change, MergeRecord) else None
+        card = short_card(folder.name, checkpoint.folder / CARD_FILE, about, KEPT_FILE, merged_by)
         write_whole(made / CARD_FILE, card)
         if violations := check_pruned(made, pruned, progress, threads):
             raise VerificationError(violations)
         rename(made, folder)
     except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)  # the error that is being raised says more
         raise
+
+
+def _record(
+    pruned: PrunedView,
+    method: str,
+    protected: Mapping[int, Sequence[int]] | None,
+    change: RepairRecord | MergeRecord | None,
+    original: EarlierPruning | None,
+) -> dict[str, Any]:
+    """What KEPT_FILE says of a folder."""
+    record: dict[str, Any] = {
+        "method": method,
+        "kept_experts": {str(k): v for k, v in sorted(pruned.kept.items())},
+    }
+    if protected:
+        record["protected"] = {str(k): v for k, v in sorted(protected.items())}
+    if original is not None:
+        record[ORIGINAL] = asdict(original)
+    if change is not None:
+        record[change.what] = asdict(change)
+    return record

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reap2gguf.building.history import read_history
 from reap2gguf.errors import OutputError, UsageError
 from reap2gguf.exporting.header_facts import pruning_values
 from reap2gguf.gguf_source.checkpoint import GgufCheckpoint
 from reap2gguf.gguf_source.file import model_name
 from reap2gguf.gguf_source.writing import journal_path, planned, write_pruned_gguf
 from reap2gguf.outputs import keep_inputs, output_file
+from reap2gguf.pruning.history import read_history
 from reap2gguf.pruning.methods import merges
 
 if TYPE_CHECKING:

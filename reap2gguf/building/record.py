@@ -392,6 +392,7 @@ def gguf_record(
         n_bytes=path.stat().st_size,
         bits_per_weight=round(recipe.bits_per_weight, 4),
         tensors={name: tensor_type.name for name, tensor_type in recipe.tensor_types().items()},
+        source_blocks=recipe.n_sliced,
         has_toml=recipe.name in with_toml,
     )
 

@@ -40,7 +40,7 @@ def repaired_beside(
 ) -> Iterator[tuple[PrunedView, RepairRecord]]:
     """The repaired model and its record, for as long as the context is open.
 
-    The new weights wait in a hidden folder beside `folder`, from which an interrupted call goes on.
+    The new weights wait in a hidden folder beside `folder`, from which an interrupted call resumes.
     It is removed when the context ends without an error. Raises what `repair` raises.
     """
     from reap2gguf.repairing.sweep import repair  # loads torch

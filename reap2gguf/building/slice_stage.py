@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from reap2gguf.atomic import make_folder, remove
 from reap2gguf.building.seals import written_seals
+from reap2gguf.building.sliced_files import sliced_files
 from reap2gguf.building.stages import Export
 from reap2gguf.disk.hashing import Hashes
-from reap2gguf.exporting.header_facts import pruning_values
 from reap2gguf.gguf_source.checking import violations_in
-from reap2gguf.gguf_source.checkpoint import GgufCheckpoint
-from reap2gguf.gguf_source.writing import PrunedGguf, planned, write_pruned_gguf
+from reap2gguf.gguf_source.writing import PrunedGguf, write_pruned_gguf
 from reap2gguf.verifying.report import Level, passed_file
 
 if TYPE_CHECKING:
@@ -27,16 +26,7 @@ class Slice(Export):
 
     @property
     def _plan(self) -> PrunedGguf:
-        plan = self.run.plan
-        checkpoint = plan.checkpoint
-        assert isinstance(checkpoint, GgufCheckpoint)
-        kept = self._pruned.kept
-        earlier = None if plan.history is None else plan.history.after(kept)
-        own = pruning_values(
-            plan.source.gguf_name, plan.method, plan.target.n_experts, kept, earlier=earlier
-        )
-        (output,) = self.files
-        return planned(checkpoint, self._pruned, output, plan.name, own)
+        return sliced_files(self.run.plan, self._pruned, self.run.work.gguf)
 
     @property
     def outputs(self) -> Sequence[Path]:

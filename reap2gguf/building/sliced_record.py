@@ -33,5 +33,6 @@ def sliced_record(plan: Plan, folder: Path) -> GgufRecord:
         bits_per_weight=round(recipe.bits_per_weight, 4),
         tensors={name: one.name for name, one in recipe.tensor_types().items()},
         adopted=True,
+        source_blocks=len(recipe.table),
         parts=tuple(parts),
     )

@@ -1,11 +1,11 @@
 """How a build runs a stage: reuse, resume, cost, and the other processes of torchrun.
 
-A stage is declared once, as a subclass of `Stage` in `stages.py`: its name, what it leaves on the
-disk, the key of its inputs, and the function that computes it. `Run.do` does everything else, and
-`together.py` for stages that overlap. It reuses a stage that was finished with the same key,
-resumes one that was interrupted, keeps what it cost, and lets the other processes of a torchrun
-build compute with the first where a stage says so. Those processes run the same list of stages as
-the first.
+A stage is declared once, as a subclass of `Stage` (`stages.py`, `*_stage.py`): its name, what it
+leaves on the disk, the key of its inputs, and the function that computes it. `Run.do` does
+everything else, and `together.py` for stages that overlap. It reuses a stage that was finished with
+the same key, resumes one that was interrupted, keeps what it cost, and lets the other processes of
+a torchrun build compute with the first where a stage says so. Those processes run the same list of
+stages as the first.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class Run:
         return processes().is_first
 
     def settle(self, plan: Plan) -> Plan:
-        """Go on with a plan of which more is known; keys that are made from now on depend on it."""
+        """Continue with a plan of which more is known; keys that are made from now on use it."""
         self.plan = plan
         self.keys = self.keys.of(plan)
         return plan

@@ -17,7 +17,7 @@ from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row, Texts
 from reap2gguf.atomic import make_folder, remove
 from reap2gguf.building.seals import Seal, read_seals, written_seals
 from reap2gguf.building.stage import Run, Stage, needed
-from reap2gguf.bundle.front_matter import PrunedFrom, hub_datasets
+from reap2gguf.bundle.front_matter import PrunedFrom, hub_datasets, methods_of
 from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.disk.hashing import Hashes
@@ -318,8 +318,9 @@ class Export(Stage[None]):
             plan.model.facts.architecture,
             bool(plan.side_files),
             self._datasets,
+            methods_of(plan.method, earlier),
             plan.target.prunes,
-            plan.history is not None,
+            plan.repairs,
         )
         return HeaderNames(plan.name, pruned, tuple(own))
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reap2gguf.bundle.layout import HUB_FILES, IMATRIX_FILE, MANIFEST_FILE, gguf_name
+from reap2gguf.building.unchanged import Compared, Hashing, compare
+from reap2gguf.bundle.layout import HUB_FILES, IMATRIX_FILE, MANIFEST_FILE, SUMS_FILE, gguf_name
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.bundle.members import gguf_members, hf_members
 from reap2gguf.errors import ArtifactError, OutputError
@@ -26,19 +27,29 @@ class Standing:
     """A finished bundle that was made from the same inputs as a plan, recipes apart."""
 
     manifest: Manifest
-    missing: Sequence[ResolvedRecipe]  # of the plan; the bundle has no such file
+    missing: Sequence[ResolvedRecipe]  # of the plan; the bundle has no such file, or not its bytes
     stay: Sequence[GgufRecord]
     dropped: Sequence[GgufRecord]  # not named by a plan that replaces
     gone: Sequence[str]  # files that somebody has removed from the bundle
+    changed: Sequence[str]  # GGUF files with other bytes than were built, which are written again
+    n_files: int  # of both folders
+    n_hashed: int  # of these, the ones that were read, since their time of change was another
 
     @property
     def is_up_to_date(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self.missing or self.dropped or self.gone)
+        return not (self.missing or self.dropped or self.gone or self.changed)
 
 
-def standing(plan: Plan, keys: BuildKeys, work: Workdir) -> Standing | None:
-    """The finished bundle that a plan only has to extend; None if everything has to be built."""
+def standing(
+    plan: Plan, keys: BuildKeys, work: Workdir, hashing: Hashing | None = None
+) -> Standing | None:
+    """The finished bundle that a plan only has to extend; None if everything has to be built.
+
+    Files are compared with what was recorded of them, as `unchanged.py` says; without `hashing` by
+    their sizes alone. Raises OutputError for a file that was changed and that the plan does not
+    write.
+    """
     finished = None if plan.options.fresh else work.finished()
     inputs = keys.inputs
     if finished is None or finished.inputs.base != inputs.base:
@@ -46,27 +57,50 @@ def standing(plan: Plan, keys: BuildKeys, work: Workdir) -> Standing | None:
     try:
         manifest = Manifest.load(work.final_gguf)
     except ArtifactError:
-        return None
+        return None  # removed or damaged: everything is built
     source, pruning = manifest.source, manifest.pruning
     if (source.fingerprint, pruning.n_kept) != (keys.fingerprint, plan.target.n_kept):
         return None  # another bundle has been put there
+    found = compare(work, finished, manifest, hashing)
+    if found.hashed:
+        work.restamp({name: changed_ns for name, (_, changed_ns) in found.hashed.items()})
     places = {record.file: f"{gguf_name(work.name)}/{record.file}" for record in manifest.gguf}
-    there = {name for name, place in places.items() if finished.has(work.output, place)}
-    others = finished.stamps.keys() - places.values()
-    if not all(finished.has(work.output, place) for place in others):
+    if others := sorted((found.missing | found.changed) - set(places.values())):
+        if hashing is not None:
+            hashing.progress.note(_built_again(work, others[0], found))
         return None
+    there = {n for n, place in places.items() if place in finished.stamps and found.has(place)}
     made = finished.inputs.recipes
     same = {name for name in there if made.get(name) == inputs.recipes.get(name)}
-    missing = [recipe for recipe in plan.recipes if plan.gguf_name(recipe) not in same]
+    changed = sorted(n for n, place in places.items() if place in found.changed)
+    _refuse_changed(work, [name for name in changed if name not in inputs.recipes])
     unnamed = [r for r in manifest.gguf if r.file in there - inputs.recipes.keys()]
     kept = [record for record in manifest.gguf if record.file in same]
     return Standing(
         manifest,
-        missing,
+        [recipe for recipe in plan.recipes if plan.gguf_name(recipe) not in same],
         kept if plan.options.replace else _in_order([*kept, *unnamed], manifest),
         unnamed if plan.options.replace else (),
-        sorted(places.keys() - there),
+        sorted(places.keys() - there - set(changed)),
+        changed,
+        len(finished.stamps),
+        len(found.hashed),
     )
+
+
+def _built_again(work: Workdir, name: str, found: Compared) -> str:
+    what = "is gone" if name in found.missing else "was changed"
+    return f"{work.name}: {name} {what} since the bundle was finished; it is built again"
+
+
+def _refuse_changed(work: Workdir, names: Sequence[str]) -> None:
+    """Raise OutputError for a changed file that the build would neither keep nor write."""
+    if names:
+        raise OutputError(
+            f"{work.final_gguf / names[0]}: was changed since the bundle was finished: it has "
+            f"another size, or another SHA-256 than {SUMS_FILE} says, and this command does not "
+            "write it again; name its recipe too, or move the file away"
+        )
 
 
 def _strays(work: Workdir) -> list[Path]:
@@ -74,7 +108,7 @@ def _strays(work: Workdir) -> list[Path]:
     try:
         manifest = Manifest.load(work.final_gguf)
     except ArtifactError:
-        return []
+        return []  # without a manifest nothing tells its files from others
     members = {work.final_gguf: gguf_members(manifest)}
     if work.has_hf:
         members[work.final_hf] = hf_members(manifest)

@@ -66,7 +66,7 @@ class ReadTexts(Stage[Texts]):
             has_rows=plan.reads_rows,
             has_chunks=plan.computes_imatrix,
         )
-        if plan.repairs and plan.options.repair != "none":  # a choice goes on without a repair
+        if plan.repairs and plan.options.repair != "none":  # `choose` works without a repair
             check_rows(len(needed(found.rows).rows))
         return found
 

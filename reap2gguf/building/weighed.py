@@ -25,13 +25,13 @@ from reap2gguf.quantizing.resolve import resolve
 
 if TYPE_CHECKING:
     from reap2gguf.building.given import GivenImatrix, GivenObservations
-    from reap2gguf.building.history import History
     from reap2gguf.building.plan import Plan
     from reap2gguf.bundle.budget import BudgetRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import GgufTensor, ModelFacts
     from reap2gguf.options import BuildOptions
+    from reap2gguf.pruning.history import History
     from reap2gguf.pruning.select import Kept
 
 Matrix = Callable[[Sequence["GgufTensor"]], "GivenImatrix"]  # fitted to a model's tensors

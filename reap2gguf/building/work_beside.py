@@ -18,7 +18,7 @@ def work_beside(
 ) -> Iterator[tuple[Path, ComputeOptions]]:
     """Where the layers of a repair or a merge go, and how it is computed so that it can resume.
 
-    An interrupted call goes on from the folder, whose name ends in `kind`, if its `key` is the
+    An interrupted call resumes from the folder, whose name ends in `kind`, if its `key` is the
     same. The folder is removed when the context ends without an error.
     """
     made = folder.with_name(f".{folder.name}.{kind}")

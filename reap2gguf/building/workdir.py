@@ -36,10 +36,11 @@ from reap2gguf.atomic import (
     write_whole,
 )
 from reap2gguf.building.finished import Finished, Inputs, read_finished
-from reap2gguf.bundle.layout import BundleFolders, gguf_name
+from reap2gguf.bundle.layout import SUMS_FILE, BundleFolders, gguf_name
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
+from reap2gguf.files import file_sha256
 
 RESERVED_NAMES = frozenset(("texts", "observations"))  # folders that builds of one output share
 _IDENTITY = "build.json"
@@ -134,7 +135,7 @@ class Workdir:
         try:
             return read_json(self.root / _IDENTITY)
         except CheckpointError:
-            return {}
+            return {}  # no build has begun here, or it was killed while it wrote this
 
     def locked(self) -> AbstractContextManager[None]:
         """Keep every other build and push of this name out while the context is open.
@@ -298,7 +299,14 @@ class Workdir:
         }
         files = {name: stat.st_size for name, stat in stats.items()}
         times = {name: stat.st_mtime_ns for name, stat in stats.items()}
-        record = {**asdict(inputs), "files": files, "changed_ns": times, "stages": costs}
+        sums = self.gguf / SUMS_FILE
+        record = {
+            **asdict(inputs),
+            "files": files,
+            "changed_ns": times,
+            "sums_sha256": file_sha256(sums) if sums.is_file() else "",
+            "stages": costs,
+        }
         write_whole(self.root / _FINALIZING, json.dumps(record, indent=1) + "\n")
         self._finalize()
 
@@ -373,6 +381,12 @@ class Workdir:
             return read_finished(read_json(self._finished))
         except (CheckpointError, TypeError, ValueError, AttributeError):
             return None
+
+    def restamp(self, times: Mapping[str, int]) -> None:
+        """Record other times of change of final files, whose bytes are those of the record."""
+        record = read_json(self._finished)
+        record["changed_ns"] = {**record["changed_ns"], **times}
+        write_whole(self._finished, json.dumps(record, indent=1) + "\n")
 
     @property
     def _discarded(self) -> Path:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         MergeRecord,
         PruningRecord,
         RepairRecord,
+        SourceRecord,
     )
 
 _MOST_TOKENS = 2**53  # that one expert saw
@@ -124,7 +125,19 @@ def at_most(name: str, values: Sized, most: int) -> None:
 
 def check_bounds(manifest: Manifest) -> None:
     """Raise ValueError for a number that no bundle can have, such as no experts or no files."""
-    pruning, mtp = manifest.pruning, manifest.pruning.mtp
+    _check_pruning(manifest.pruning)
+    _check_source(manifest.source, manifest.pruning)
+    _check_files(manifest)
+    _check_calibration(manifest.calibration)
+    _check_importance_of(manifest)
+    if manifest.evaluation is not None:
+        _check_evaluation(manifest.evaluation)
+    if manifest.choice is not None:
+        _check_choice(manifest.choice)
+
+
+def _check_pruning(pruning: PruningRecord) -> None:
+    mtp = pruning.mtp
     _within("n_experts", pruning.n_experts, 1, MAX_EXPERTS)
     _within("n_kept", pruning.n_kept, 1, pruning.n_experts)
     _within("experts_per_token", pruning.experts_per_token, 1, pruning.n_kept)
@@ -133,11 +146,6 @@ def check_bounds(manifest: Manifest) -> None:
         _within(name, getattr(mtp, name), 0, mtp.n_tokens)
     if pruning.coverage is not None:
         _check_coverage(pruning.coverage)
-    calibration = manifest.calibration
-    if calibration.imatrix_text_chunks:
-        n_chunks = calibration.imatrix_chunks or 0
-        _within("imatrix_chunks", n_chunks, 0, calibration.imatrix_text_chunks)
-    _within("imatrix_unseen", calibration.imatrix_unseen, 0, MAX_EXPERTS_OF_ALL_LAYERS)
     if mtp.state not in MTP_STATES:
         raise ValueError(f"mtp is {shown(mtp.state)}, expected one of {', '.join(MTP_STATES)}")
     check_kept("kept", pruning.kept, pruning.n_experts)
@@ -145,9 +153,19 @@ def check_bounds(manifest: Manifest) -> None:
         _check_repair(pruning.repair, pruning.kept)
     if pruning.merge is not None:
         _check_merge(pruning.merge, pruning)
-    if (earlier := manifest.source.earlier) is not None:
+
+
+def _check_source(source: SourceRecord, pruning: PruningRecord) -> None:
+    if (earlier := source.earlier) is not None:
         _within("n_experts of the original", earlier.n_experts, pruning.n_experts, MAX_EXPERTS)
         check_kept("kept of the original", earlier.kept, earlier.n_experts)
+    if (origin := source.gguf) is not None:
+        _within("n_parameters of what is left", origin.n_parameters, 1, source.n_parameters)
+
+
+def _check_files(manifest: Manifest) -> None:
+    """Files in either folder; pruned safetensors are there unless the source is a GGUF file."""
+    pruning, hf = manifest.pruning, manifest.hf
     if not manifest.gguf:
         raise ValueError("gguf is empty, expected the record of at least one file")
     for side in manifest.side_files:
@@ -160,29 +178,31 @@ def check_bounds(manifest: Manifest) -> None:
                 f"bits_per_weight is {shown(file.bits_per_weight)}, expected more than 0 and at "
                 f"most {_MOST_BITS}"
             )
-    if (origin := manifest.source.gguf) is not None:
-        _within(
-            "n_parameters of what is left", origin.n_parameters, 1, manifest.source.n_parameters
-        )
-        if manifest.hf is not None:
-            raise ValueError("hf is a record, expected null: the source is a GGUF file")
-    if manifest.hf is not None:
-        _within("n_shards", manifest.hf.n_shards, 1, MOST_FILES)
+        most = 0 if manifest.source.gguf is None else len(file.tensors)
+        _within("source_blocks", file.source_blocks, 0, most)
+    if manifest.source.gguf is not None and hf is not None:
+        raise ValueError("hf is a record, expected null: the source is a GGUF file")
+    if hf is not None:
+        _within("n_shards", hf.n_shards, 1, MOST_FILES)
     elif pruning.n_kept < pruning.n_experts and manifest.source.gguf is None:
         raise ValueError("hf is null, expected the record of the pruned safetensors")
-    _check_calibration(calibration)
+
+
+def _check_importance_of(manifest: Manifest) -> None:
+    """What is said of the importance matrix, and of the experts that it was cut to."""
+    calibration, pruning = manifest.calibration, manifest.pruning
+    if calibration.imatrix_text_chunks:
+        n_chunks = calibration.imatrix_chunks or 0
+        _within("imatrix_chunks", n_chunks, 0, calibration.imatrix_text_chunks)
+    _within("imatrix_unseen", calibration.imatrix_unseen, 0, MAX_EXPERTS_OF_ALL_LAYERS)
     if calibration.imatrix_coverage is not None:
         if not manifest.has_imatrix:
             raise ValueError("imatrix_coverage is of an unknown importance matrix, expected null")
         _check_importance(calibration.imatrix_coverage, calibration.imatrix_unseen)
-    if (cut_from := manifest.calibration.imatrix_cut_from) is not None:
-        if manifest.calibration.imatrix_file is None or not pruning.n_kept < pruning.n_experts:
+    if (cut_from := calibration.imatrix_cut_from) is not None:
+        if calibration.imatrix_file is None or not pruning.n_kept < pruning.n_experts:
             raise ValueError(f"imatrix_cut_from is {cut_from}, expected null: no matrix was cut")
         _within("imatrix_cut_from", cut_from, pruning.n_experts, pruning.n_experts)
-    if manifest.evaluation is not None:
-        _check_evaluation(manifest.evaluation)
-    if manifest.choice is not None:
-        _check_choice(manifest.choice)
 
 
 def _check_repair(repair: RepairRecord, kept: Mapping[int, Sequence[int]]) -> None:

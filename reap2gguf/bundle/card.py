@@ -20,7 +20,6 @@ from reap2gguf.bundle.card_calibration import (
 from reap2gguf.bundle.card_candidates import candidates_section
 from reap2gguf.bundle.card_files import CardNames, caveats, files_section, use_section
 from reap2gguf.bundle.card_making import caveats_section, experts_section, method_section
-from reap2gguf.bundle.card_merge import merge_name
 from reap2gguf.bundle.card_quality import quality_section
 from reap2gguf.bundle.card_repair import repair_summary
 from reap2gguf.bundle.front_matter import PrunedFrom, as_yaml, new_front_matter, pruned_values
@@ -40,14 +39,14 @@ from reap2gguf.bundle.markdown import (
 )
 from reap2gguf.bundle.sampling import read_sampling
 from reap2gguf.bundle.source_card import read_card
+from reap2gguf.bundle.wording import wording
 from reap2gguf.messages import parameters, size
 from reap2gguf.models.loading import classes_for_all, classes_of
-from reap2gguf.pruning.methods import GIVEN, done_by
+from reap2gguf.pruning.methods import done_by, method_name
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import (
         Manifest,
-        MtpRecord,
         PruningRecord,
     )
 
@@ -58,26 +57,30 @@ def local_names(manifest: Manifest) -> CardNames:
 
 
 def short_card(
-    name: str, source_card: Path, pruned: PrunedFrom, kept_file: str, changed: str = ""
+    name: str, source_card: Path, pruned: PrunedFrom, kept_file: str, merged_by: str | None = None
 ) -> str:
     """The card of a pruned checkpoint that is no bundle: where it comes from, and its licence.
 
-    `changed`: what was done to the experts that remain, "repaired" or "merged".
+    `merged_by` is the method, if experts were merged.
     """
     front = as_yaml(pruned_values(read_card(source_card), pruned))
     source = hub_link(pruned.source) if repository(pruned.source) else code(pruned.source)
-    more = {
-        "": "",
-        "repaired": " The `down_proj` of the remaining experts was repaired: it is not the "
-        "source's, and the file says by how much it changed what each layer gives.",
-        "merged": " The others were merged into some of these, whose weights are not the source's: "
-        "the file says which.",
-    }[changed]
-    return (
-        f"{front}# {inline(name)}\n\n{source} without the experts that matter least, pruned by "
-        f"reap2gguf. `{kept_file}` lists the experts that each layer keeps."
-        f"{more}\n"
+    what = (
+        f"{source} without the experts that matter least, pruned by reap2gguf. `{kept_file}` lists "
+        "the experts that each layer keeps."
     )
+    if pruned.is_repaired:
+        what += (
+            " The `down_proj` of the remaining experts was repaired: it is not the source's, and "
+            "the file says by how much it changed what each layer gives."
+        )
+    if merged_by is not None:
+        what = (
+            f"{source} with fewer experts: reap2gguf merged the others into those that stay, by "
+            f"{inline(method_name(merged_by))}. `{kept_file}` lists the experts of each layer that "
+            "became one, whose weights are not the source's."
+        )
+    return f"{front}# {inline(name)}\n\n{what}\n"
 
 
 def hf_card(manifest: Manifest, source_card: Path) -> str:
@@ -216,12 +219,11 @@ def _summary(manifest: Manifest) -> str:
             f"pruned.{_earlier(manifest)}"
         )
     share = 1 - pruning.n_kept / pruning.n_experts
-    names = {"reap": "REAP", GIVEN: "a given list of experts"}
-    method = names.get(pruning.method, inline(pruning.method))
+    method = inline(method_name(pruning.method))
     if pruning.merge is not None:
         return (
             f"{_source_link(manifest)} with {share:.0%} of its experts merged into the others by "
-            f"{merge_name(pruning.merge)}: each MoE layer has {pruning.n_kept} of "
+            f"{method}: each MoE layer has {pruning.n_kept} of "
             f"{pruning.n_experts} experts, {pruning.experts_per_token} active per token. "
             f"{parameters(manifest.n_parameters)} of {parameters(source.n_parameters)} parameters "
             f"remain.{_earlier(manifest)}"
@@ -276,7 +278,7 @@ def _facts_table(manifest: Manifest) -> str:
         ("checks", inline(str(manifest.verification.get("summary", "not run")))),
     ]
     if pruning.mtp.state != "none":
-        rows.insert(-1, ("multi-token prediction (MTP)", _mtp(pruning.mtp)))
+        rows.insert(-1, ("multi-token prediction (MTP)", _mtp(pruning)))
     return table(("property", "value"), rows)
 
 
@@ -291,14 +293,16 @@ def _experts(manifest: Manifest) -> str:
     return f"{pruning.n_kept} of {pruning.n_experts}"
 
 
-def _mtp(mtp: MtpRecord) -> str:
+def _mtp(pruning: PruningRecord) -> str:
+    mtp = pruning.mtp
     if not mtp.n_tokens:
         return inline(mtp.state)
     before, after = mtp.hits_before / mtp.n_tokens, mtp.hits_after / mtp.n_tokens
     if mtp.state == "kept":
         return f"kept; top-1 accuracy {after:.1%}"
+    like = " like the other layers" if pruning.change is None else ""
     return (
-        f"{inline(mtp.state)} like the other layers; top-1 accuracy {before:.1%} before pruning, "
+        f"{inline(mtp.state)}{like}; top-1 accuracy {before:.1%} before {wording(pruning).act}, "
         f"{after:.1%} after"
     )
 

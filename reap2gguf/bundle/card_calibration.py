@@ -13,6 +13,7 @@ from reap2gguf.bundle.layout import (
 )
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.markdown import code, hub_link, inline, table
+from reap2gguf.bundle.wording import wording
 from reap2gguf.pruning.methods import observes_nothing
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def imatrix_text(manifest: Manifest) -> str:
     calibration = manifest.calibration
     if not manifest.has_imatrix:
         return ""
-    whose = "pruned " if manifest.pruning.n_kept < manifest.pruning.n_experts else ""
+    pruning = manifest.pruning
+    whose = f"{wording(pruning).model} " if pruning.n_kept < pruning.n_experts else ""
     dat = f"`{IMATRIX_DAT_FILE}` is the same in the older format that ik_llama.cpp reads.\n"
     if calibration.imatrix_file is None:
         return (
@@ -164,6 +166,8 @@ def calibration_facts(manifest: Manifest) -> str:
     most = "" if length is None else f" of at most {length:,} tokens"
     packed = ", samples packed" if calibration.packed else ""
     reused = "" if file is None else f", reused from {inline(file)}"
+    if manifest.choice is not None:
+        reused += f"; {manifest.choice.held_out.n_rows:,} more rows chose the method"
     return (
         f"{spec}: {pruning.n_rows:,} rows{most}{packed}, {pruning.n_tokens:,} tokens in total"
         f"{seed}{reused}"

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from reap2gguf.bundle.card_blocks import blocks_text
 from reap2gguf.bundle.card_calibration import calibration_table
-from reap2gguf.bundle.card_merge import MERGED_WEIGHTS, merge_section, merge_sentence
+from reap2gguf.bundle.card_merge import (
+    MERGED_WEIGHTS,
+    citation,
+    groups_table,
+    merge_section,
+    merge_sentence,
+    n_merged,
+)
 from reap2gguf.bundle.card_repair import changed_weights, repair_section
 from reap2gguf.bundle.layout import (
     MANIFEST_FILE,
@@ -15,14 +23,23 @@ from reap2gguf.bundle.layout import (
     USAGE_PICTURE,
 )
 from reap2gguf.bundle.manifest import NO_METHOD
-from reap2gguf.bundle.markdown import argument, code, inline, picture, repository, table
+from reap2gguf.bundle.markdown import (
+    argument,
+    code,
+    inline,
+    picture,
+    ranges,
+    repository,
+    table,
+)
+from reap2gguf.bundle.wording import wording
 from reap2gguf.checkpoint.quantized.keys import WRITTEN_AS_BF16
 from reap2gguf.pruning.methods import GIVEN, OBSERVED, is_from_weights, words_of
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import Manifest
     from reap2gguf.bundle.options_record import OptionsRecord
-    from reap2gguf.bundle.records import PruningRecord
+    from reap2gguf.bundle.records import MergeRecord, PruningRecord
 
 _AIMER = "https://arxiv.org/abs/2603.18492"
 _MOST_NAMED = 64  # protected experts in a card
@@ -56,19 +73,7 @@ def experts_section(manifest: Manifest) -> str:
         parts.append(picture("Saliency of the experts of each layer", SALIENCY_PICTURE))
     if USAGE_PICTURE in manifest.pictures:
         parts.append(picture("Usage of the experts before and after pruning", USAGE_PICTURE))
-    names_kept = pruning.n_kept <= pruning.n_experts - pruning.n_kept
-    what = "kept" if names_kept else "removed"
-    rows = [
-        (str(layer), _ranges(ids if names_kept else _others(ids, pruning.n_experts)))
-        for layer, ids in sorted(pruning.kept.items())
-    ]
-    n_ids = len(rows) * min(pruning.n_kept, pruning.n_experts - pruning.n_kept)
-    if n_ids <= _MOST_IDS:
-        found = table(("layer", f"{what} experts, by their numbers in the source"), rows)
-        summary = f"<summary>Experts {what} in each layer</summary>"
-        parts.append(f"<details>\n{summary}\n\n{found}\n\n</details>")
-    else:
-        parts.append(f"`{MANIFEST_FILE}` lists the experts that each layer keeps.")
+    parts.append(_merged_ones(pruning.merge) if pruning.merge is not None else _kept_ones(pruning))
     if manifest.has_observations:
         parts.append(
             f"What was observed of each expert is in `{OBSERVATIONS_FILE}` beside the GGUF files: "
@@ -78,29 +83,41 @@ def experts_section(manifest: Manifest) -> str:
     return "\n\n".join(parts)
 
 
+def _kept_ones(pruning: PruningRecord) -> str:
+    """The experts of each layer that are kept, or those that are removed: the fewer."""
+    names_kept = pruning.n_kept <= pruning.n_experts - pruning.n_kept
+    what = "kept" if names_kept else "removed"
+    rows = [
+        (str(layer), ranges(ids if names_kept else _others(ids, pruning.n_experts)))
+        for layer, ids in sorted(pruning.kept.items())
+    ]
+    if len(rows) * min(pruning.n_kept, pruning.n_experts - pruning.n_kept) > _MOST_IDS:
+        return f"`{MANIFEST_FILE}` lists the experts that each layer keeps."
+    found = table(("layer", f"{what} experts, by their numbers in the source"), rows)
+    return _folded(f"Experts {what} in each layer", found)
+
+
+def _merged_ones(merge: MergeRecord) -> str:
+    """Which experts of each layer became one; all others stay as they are."""
+    if n_merged(merge) > _MOST_IDS:
+        return f"`{MANIFEST_FILE}` lists the experts that became one in each layer."
+    found = _folded("Experts merged in each layer", groups_table(merge))
+    return f"{found}\n\nExperts that are not named are those of the source."
+
+
+def _folded(summary: str, text: str) -> str:
+    return f"<details>\n<summary>{summary}</summary>\n\n{text}\n\n</details>"
+
+
 def _others(ids: Iterable[int], n_experts: int) -> list[int]:
     kept = set(ids)
     return [number for number in range(n_experts) if number not in kept]
 
 
-def _ranges(ids: Sequence[int]) -> str:
-    """Numbers in ascending order, with runs of three and more shortened: 1, 4-7."""
-    runs: list[list[int]] = []
-    for number in ids:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    parts: list[str] = []
-    for first, last in runs:
-        parts += [f"{first}-{last}"] if last - first > 1 else map(str, range(first, last + 1))
-    return ", ".join(parts) or "none"
-
-
 def method_section(manifest: Manifest) -> str:
     """What was done, on what, and by which command."""
     pruning = manifest.pruning
-    matrix = "The\nimportance matrix was computed on the pruned model."
+    matrix = f"The\nimportance matrix was computed on the {wording(pruning).model} model."
     if pruning.method == NO_METHOD:
         matrix = "The\nimportance matrix was computed on the source."
     if not manifest.has_imatrix:
@@ -118,9 +135,13 @@ Calibration used text only. `{MANIFEST_FILE}` records versions, hashes and the t
 {calibration_table(manifest)}
 
 {_made_with(manifest)}"""
-    rest = f"{_what_stays(manifest)} {matrix}"
+    rest = f"{_what_stays(manifest)} {matrix}".rstrip()
     repaired = f"\n\n{found}" if (found := repair_section(manifest)) else ""
+    cited = _REAP_CITATION
     if pruning.merge is not None:
+        cited = citation(pruning.merge)
+        if pruning.merge.method == "ream":  # whose centroids are REAP's best experts
+            cited = f"{cited}\n\n{_REAP_CITATION}"
         rest = f"The merged\nsafetensors {_what_is_kept(manifest)}{MERGED_WEIGHTS} {matrix}"
         repaired = f"\n\n{merge_section(manifest, pruning.merge)}"
     return f"""## How it was made
@@ -135,7 +156,7 @@ records versions, hashes, the experts kept in each layer, and the type of each t
 {_made_with(manifest)}
 
 ```bibtex
-{_REAP_CITATION}
+{cited}
 ```"""
 
 
@@ -144,15 +165,7 @@ def _what_stays(manifest: Manifest) -> str:
     if manifest.source.gguf is None:
         kept = _what_is_kept(manifest)
         return f"The pruned\nsafetensors {kept}{changed_weights(manifest)}"
-    if all(record.adopted for record in manifest.gguf):
-        return (
-            "All other tensors, and the\nexperts that stay, have the blocks of the source's GGUF "
-            "file, byte for byte: nothing was\nquantized again."
-        )
-    return (
-        "The weights of the source\nwere quantized before: they were dequantized and quantized "
-        f"again, and have lost precision\ntwice.{changed_weights(manifest)}"
-    )
+    return blocks_text(manifest)
 
 
 def _observed(manifest: Manifest) -> str:
@@ -190,8 +203,9 @@ def _made_with(manifest: Manifest) -> str:
     )
     parts = [f"{made} Versions of the build: {versions}." if versions else made]
     if manifest.options is not None:
-        model = "" if repository(manifest.source.label) else "MODEL "
-        needed = f", where MODEL is {code(manifest.source.label)}" if model else ""
+        source = manifest.source
+        model = "" if repository(source.label) else "MODEL "
+        needed = f", where MODEL is {code(source.name)}" if model else ""
         parts[0] += f" Reproduce: `reap2gguf build {model}--like {MANIFEST_FILE}`{needed}."
         command = " \\\n  ".join(_command(manifest, manifest.options))
         parts.append(f"Its options, written out:\n\n```bash\n{command}\n```")
@@ -200,55 +214,64 @@ def _made_with(manifest: Manifest) -> str:
 
 def _command(manifest: Manifest, options: OptionsRecord) -> Iterator[str]:
     """The build as one command, a line per option; files are named by the last part of a path."""
-    label, revision = manifest.source.label, manifest.source.revision
-    is_hub = repository(label) is not None
-    yield f"reap2gguf build {argument(f'{label}@{revision}' if is_hub and revision else label)}"
+    source = manifest.source
+    yield f"reap2gguf build {argument(source.at_commit or source.name)}"
     for record in manifest.gguf:
         if not record.adopted:
             yield f"--recipe {argument(record.recipe)}"
-    if options.kept is not None:
-        yield f"--kept {argument(options.kept)}"
-    elif manifest.pruning.method != NO_METHOD:
-        yield f"--keep-experts {manifest.pruning.n_kept}"
-        yield f"--method {argument(options.method)}"
-        if options.candidates is not None:
-            yield f"--candidates {argument(options.candidates)}"
-        if options.choose_text is not None:
-            yield f"--choose-text {argument(options.choose_text)}"
-    else:
-        yield "--compression 0"
-    if options.group_size is not None:
-        yield f"--group-size {options.group_size}"
-    if options.repair != "none" and manifest.pruning.method != NO_METHOD:
-        yield f"--repair {argument(options.repair)}"
-    if options.protect:
-        yield f"--protect {argument(options.protect)}"
-    if options.protect_super_experts:
-        yield "--protect-super-experts"
-    yield f"--mtp {argument(options.mtp)}"
-    if options.dequantize is not None:
-        yield f"--dequantize {argument(options.dequantize)}"
-    if options.observations is not None:
-        yield f"--observations {argument(options.observations)}"
-    yield f"--calibration {argument(options.spec)}"
-    yield f"--samples {options.samples}"
-    yield f"--max-length {options.max_length}"
-    yield "--pack" if options.pack else "--no-pack"
-    yield f"--seed {options.seed}"
-    if options.imatrix is not None:
-        yield f"--imatrix {argument(options.imatrix)}"
-    if options.imatrix_from != "pruned":
-        yield f"--imatrix-from {argument(options.imatrix_from)}"
-    if options.imatrix_text is not None:
-        yield f"--imatrix-text {argument(options.imatrix_text)}"
-    yield f"--chunk {options.chunk}"
-    if options.imatrix_chunks is not None:
-        yield f"--imatrix-chunks {options.imatrix_chunks}"
+    yield from _given(_which_experts(manifest, options))
+    yield from _given(_which_texts(options))
     yield f"--device {argument(options.device)}"
     yield f"--dtype {argument(options.dtype)}"
 
 
+def _given(options: Iterable[tuple[str, object]]) -> Iterator[str]:
+    """Options with their values; None: it was not given, True: it takes no value."""
+    for name, value in options:
+        if value is not None:
+            yield name if value is True else f"{name} {argument(str(value))}"
+
+
+def _which_experts(
+    manifest: Manifest, options: OptionsRecord
+) -> Iterator[tuple[str, object | None]]:
+    """The options that say which experts stay, and what is done to them."""
+    prunes = manifest.pruning.method != NO_METHOD
+    if options.kept is not None:
+        yield "--kept", options.kept
+    elif prunes:
+        yield "--keep-experts", manifest.pruning.n_kept
+        yield "--method", options.method
+        yield "--candidates", options.candidates
+        yield "--choose-text", options.choose_text
+    else:
+        yield "--compression", 0
+    yield "--group-size", options.group_size
+    yield "--repair", options.repair if options.repair != "none" and prunes else None
+    yield "--protect", options.protect or None
+    yield "--protect-super-experts", options.protect_super_experts or None
+    yield "--mtp", options.mtp
+    yield "--dequantize", options.dequantize
+
+
+def _which_texts(options: OptionsRecord) -> Iterator[tuple[str, object | None]]:
+    """The options that say what is read, and how."""
+    yield "--observations", options.observations
+    yield "--calibration", options.spec
+    yield "--samples", options.samples
+    yield "--max-length", options.max_length
+    yield ("--pack" if options.pack else "--no-pack"), True
+    yield "--seed", options.seed
+    yield "--imatrix", options.imatrix
+    yield "--imatrix-from", options.imatrix_from if options.imatrix_from != "pruned" else None
+    yield "--imatrix-text", options.imatrix_text
+    yield "--chunk", options.chunk
+    yield "--imatrix-chunks", options.imatrix_chunks
+
+
 def _from_source(manifest: Manifest) -> str:
+    if manifest.source.gguf is not None:
+        return f"{blocks_text(manifest)}\nOf the experts,"
     if manifest.hf is None:
         return "The GGUF files were made from the weights of the source as they are:"
     return "The safetensors keep the weights of the source byte for byte:"
@@ -290,7 +313,7 @@ def _protected(pruning: PruningRecord) -> str:
         (pruning.super_experts, "with outliers in their outputs (super experts)"),
     ):
         if total := sum(map(len, experts.values())):
-            layers = "; ".join(f"layer {k}: {_ranges(ids)}" for k, ids in sorted(experts.items()))
+            layers = "; ".join(f"layer {k}: {ranges(ids)}" for k, ids in sorted(experts.items()))
             named = f" ({layers})" if total <= _MOST_NAMED else ""
             parts.append(f"{total:,} {what}{named}")
     if not parts:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.layout import MANIFEST_FILE
-from reap2gguf.bundle.markdown import code, table
+from reap2gguf.bundle.markdown import code, ranges, table
+from reap2gguf.pruning.methods import method_name
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import Manifest
     from reap2gguf.bundle.records import MergedLayerRecord, MergeRecord
 
-_NAMES = {"ream": "REAM", "hc_smoe": "HC-SMoE"}
 _PAPERS = {
     "ream": "https://arxiv.org/abs/2604.04356",
     "hc_smoe": "https://arxiv.org/abs/2410.08589",
@@ -21,14 +21,9 @@ MERGED_WEIGHTS = (
 )
 
 
-def merge_name(merge: MergeRecord) -> str:
-    """The method's own name."""
-    return _NAMES[merge.method]
-
-
 def merge_sentence(merge: MergeRecord) -> str:
     """How the experts that became one were found."""
-    link = f"[{merge_name(merge)}]({_PAPERS[merge.method]})"
+    link = f"[{method_name(merge.method)}]({_PAPERS[merge.method]})"
     if merge.method == "hc_smoe":
         return (
             f"By {link}, experts whose outputs are alike on these tokens were clustered (average "
@@ -42,13 +37,32 @@ def merge_sentence(merge: MergeRecord) -> str:
 
 
 def merge_section(manifest: Manifest, merge: MergeRecord) -> str:
-    """How the weights were changed, and how many experts became one in each layer."""
-    parts = [f"{_average(merge)} {_text(merge)}{_mtp(manifest)}"]
-    rows = [(str(layer), _sizes(one)) for layer, one in sorted(merge.layers.items())]
-    found = table(("layer", "experts that became one"), rows)
-    summary = "<summary>Groups of each layer</summary>"
-    parts.append(f"<details>\n{summary}\n\n{found}\n\n</details>")
-    return "\n\n".join(parts)
+    """How the weights were changed, and on what text."""
+    return f"{_average(merge)} {_text(merge)}{_mtp(manifest)}"
+
+
+def groups_table(merge: MergeRecord) -> str:
+    """Which experts became one in each layer: the one that stays, and those merged into it."""
+    rows = [(str(layer), _groups(one)) for layer, one in sorted(merge.layers.items())]
+    return table(("layer", "experts, by their numbers in the source: stays ← merged into it"), rows)
+
+
+def n_merged(merge: MergeRecord) -> int:
+    """Experts that are in a group with others, of all layers."""
+    groups = (group for one in merge.layers.values() for group in one.groups)
+    return sum(len(group) for group in groups if len(group) > 1)
+
+
+def citation(merge: MergeRecord) -> str:
+    """The method's BibTeX entry."""
+    number = _PAPERS[merge.method].rpartition("/")[2]
+    return f"""\
+@misc{{{merge.method},
+  title         = {{{{{method_name(merge.method)}}}}},
+  eprint        = {{{number}}},
+  archivePrefix = {{arXiv}},
+  url           = {{{_PAPERS[merge.method]}}}
+}}"""
 
 
 def _average(merge: MergeRecord) -> str:
@@ -69,8 +83,8 @@ def _average(merge: MergeRecord) -> str:
 def _text(merge: MergeRecord) -> str:
     return (
         f"The text was {merge.n_tokens:,} tokens of {code(merge.calibration)}. `{MANIFEST_FILE}` "
-        f"lists all groups with the share of each member, and has the SHA-256 of each layer's new "
-        "weights."
+        "lists all groups (`pruning.merge.layers`), with the share of each member in the average, "
+        "and has the SHA-256 of each layer's new weights."
     )
 
 
@@ -80,7 +94,11 @@ def _mtp(manifest: Manifest) -> str:
     return " The multi-token-prediction block was pruned by REAP, and merges nothing."
 
 
-def _sizes(one: MergedLayerRecord) -> str:
-    """The sizes of groups, the largest first."""
-    sizes = sorted((len(group) for group in one.groups if len(group) > 1), reverse=True)
-    return ", ".join(map(str, sizes))
+def _groups(one: MergedLayerRecord) -> str:
+    """The groups of more than one, by the experts that stay; their members are ascending."""
+    found = (
+        f"{group[0]} ← {ranges(group[1:])}"
+        for group in sorted(one.groups, key=lambda group: group[0])
+        if len(group) > 1
+    )
+    return "; ".join(found) or "none"

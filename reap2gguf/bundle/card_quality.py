@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from reap2gguf.bundle.layout import QUALITY_PICTURE
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.markdown import code, inline, picture, table
+from reap2gguf.bundle.wording import wording
 from reap2gguf.messages import size
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def file_figures(manifest: Manifest, record: GgufRecord) -> tuple[str, ...]:
     pruned = evaluation.divergence(record.file, "pruned")
     source = evaluation.divergence(record.file, "source")
     cells = [NOT_MEASURED if variant is None else figure(variant.perplexity)]
-    if was_pruned(manifest):
+    if has_pruned(manifest):
         cells.append(figure(None if pruned is None else pruned.mean))
     cells.append(figure(None if source is None else source.mean))
     cells.append(percent(None if source is None else source.same_top))
@@ -69,13 +70,14 @@ def file_figures(manifest: Manifest, record: GgufRecord) -> tuple[str, ...]:
 
 def file_headings(manifest: Manifest) -> tuple[str, ...]:
     """The headings of `file_figures`."""
-    pruned = ("KL from pruned",) if was_pruned(manifest) else ()
+    model = wording(manifest.pruning).model
+    pruned = (f"KL from {model}",) if has_pruned(manifest) else ()
     return ("perplexity", *pruned, "KL from source", "same top token as source")
 
 
-def was_pruned(manifest: Manifest) -> bool:
-    """Whether the bundle is of a model with fewer experts than its source."""
-    return manifest.pruning.method != NO_METHOD
+def has_pruned(manifest: Manifest) -> bool:
+    """Whether there is a pruned model beside the files, from which they were quantized."""
+    return manifest.pruning.method != NO_METHOD and manifest.source.gguf is None
 
 
 def has_figures(manifest: Manifest) -> bool:
@@ -96,7 +98,8 @@ def quality_section(manifest: Manifest, *, of_files: bool) -> str:
         )
     records = manifest.gguf if of_files else ()
     # what each variant is called in the tables
-    labels = {"source": "source", "pruned": "pruned"}
+    words = wording(manifest.pruning)
+    labels = {"source": "source", "pruned": words.model}
     labels |= {record.file: code(record.label) for record in records}
     parts = ["## Quality"]
     if evaluation.text is not None:
@@ -108,7 +111,7 @@ def quality_section(manifest: Manifest, *, of_files: bool) -> str:
     if len(variants) > 1:
         parts += ["All figures of the text:", _variants_table(evaluation, variants, labels)]
     if quantized := _quantized_rows(evaluation, records):
-        header = ("file, from the pruned model", *_DIVERGENCE)
+        header = (f"file, from the {words.model} model", *_DIVERGENCE)
         parts += ["Quantizing alone:", table(header, quantized)]
     parts += _tasks(evaluation, labels)
     parts += _speeds(evaluation, labels)
@@ -132,26 +135,52 @@ def _damage(
     manifest: Manifest, evaluation: Evaluation, records: Sequence[GgufRecord]
 ) -> Iterator[str]:
     """What pruning and quantizing cost, apart, in plain words."""
-    lines = []
+    lines, words = [], wording(manifest.pruning)
     source, pruned = evaluation.variant("source"), evaluation.variant("pruned")
     pruning = evaluation.divergence("pruned", "source")
     if pruning is not None and source is not None and pruned is not None:
         lines.append(
-            f"- **Pruning** ({source.n_experts} to {pruned.n_experts} experts per layer): "
+            f"- **{words.title}** ({source.n_experts} to {pruned.n_experts} experts per layer): "
             f"perplexity goes from {figure(source.perplexity)} to {figure(pruned.perplexity)}; "
             f"{_in_words(pruning)}."
         )
-    of_what = "the pruned model" if was_pruned(manifest) else "the source"
+    if manifest.source.gguf is not None and manifest.pruning.method != NO_METHOD:
+        lines += _of_gguf_source(manifest, evaluation, records)
+        records = ()
+    reference = "pruned" if has_pruned(manifest) else "source"
+    of_what = f"the {words.model} model" if has_pruned(manifest) else "the source"
     for record in records:
-        found = evaluation.divergence(record.file, "pruned" if was_pruned(manifest) else "source")
+        found = evaluation.divergence(record.file, reference)
         if found is not None:
             lines.append(
                 f"- **Quantizing** to {code(record.label)}, from {of_what}: {_in_words(found)}."
             )
     if lines:
         yield "\n".join(lines)
-    if pruning is not None and records and (compared := _compared(evaluation, pruning, records)):
+    if (
+        pruning is not None
+        and records
+        and (compared := _compared(evaluation, pruning, records, words.act))
+    ):
         yield compared
+
+
+def _of_gguf_source(
+    manifest: Manifest, evaluation: Evaluation, records: Sequence[GgufRecord]
+) -> Iterator[str]:
+    """What pruning a GGUF file cost: its blocks are taken as they are, or quantized again."""
+    source, act = evaluation.variant("source"), wording(manifest.pruning).title
+    for record in records:
+        found = evaluation.divergence(record.file, "source")
+        variant = evaluation.variant(record.file)
+        if found is None or source is None or variant is None:
+            continue
+        what = f"**{act}**" if record.adopted else f"**{act} and quantizing again**"
+        yield (
+            f"- {what} ({source.n_experts} to {variant.n_experts} experts per layer), in "
+            f"{code(record.label)}: perplexity goes from {figure(source.perplexity)} to "
+            f"{figure(variant.perplexity)}; {_in_words(found)}."
+        )
 
 
 def _in_words(found: Divergence) -> str:
@@ -161,8 +190,10 @@ def _in_words(found: Divergence) -> str:
     )
 
 
-def _compared(evaluation: Evaluation, pruning: Divergence, records: Sequence[GgufRecord]) -> str:
-    """Which of both costs more, by file."""
+def _compared(
+    evaluation: Evaluation, pruning: Divergence, records: Sequence[GgufRecord], act: str
+) -> str:
+    """Which of both costs more, by file; `act` is what was done to the experts."""
     means = {
         record.label: found.mean.value
         for record in records
@@ -172,11 +203,11 @@ def _compared(evaluation: Evaluation, pruning: Divergence, records: Sequence[Ggu
         return ""
     more = [label for label, mean in means.items() if mean > pruning.mean.value]
     if not more:
-        return "In every file, pruning costs more than quantizing."
+        return f"In every file, {act} costs more than quantizing."
     if len(more) == len(means):
-        return "In every file, quantizing costs more than pruning."
+        return f"In every file, quantizing costs more than {act}."
     names = ", ".join(map(code, more))
-    return f"Quantizing costs more than pruning in {names}; in the other files, less."
+    return f"Quantizing costs more than {act} in {names}; in the other files, less."
 
 
 _DIVERGENCE = (

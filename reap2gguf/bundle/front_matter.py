@@ -8,7 +8,7 @@ be made again from a bundle.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from reap2gguf.bundle.markdown import repository
 from reap2gguf.bundle.model_index import eval_results
 from reap2gguf.bundle.source_card import SourceCard, read_card
+from reap2gguf.pruning.methods import NO_METHOD, OBSERVED, merges
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.card_files import CardNames
-    from reap2gguf.bundle.manifest import ComponentRecord, Manifest
+    from reap2gguf.bundle.manifest import ComponentRecord, EarlierPruning, Manifest
 
 _FRONT_MATTER = re.compile(r"---\n.*?\n---\n\n", re.DOTALL)
-_OWN_TAGS = ("reap", "moe", "expert-pruning", "pruned")
 _GGUF_TAGS = ("gguf", "imatrix")
 # tags that the Hub makes itself, and names of formats that a bundle does not have
 _HUB_TAG = re.compile(r"(?:base_model|license|dataset|region|doi):.*|.*_compatible|safetensors")
@@ -41,8 +41,10 @@ class PrunedFrom:
     architecture: str  # the class in config.json
     has_vision: bool = False  # the bundle has a vision projector
     datasets: tuple[str, ...] = ()  # on the Hub, of the calibration
-    drops_experts: bool = True
-    was_pruned: bool = False  # the source was pruned before
+    # what was done to the experts, here and to the source before; none: all of them are there
+    methods: tuple[str, ...] = ("reap",)
+    drops_experts: bool = True  # whether this program's last command did any of it
+    is_repaired: bool = False
 
     @classmethod
     def of(cls, manifest: Manifest) -> PrunedFrom:
@@ -52,8 +54,9 @@ class PrunedFrom:
             manifest.source.architecture,
             bool(manifest.side_files),
             hub_datasets(manifest.calibration.components),
+            methods_of(manifest.pruning.method, manifest.source.earlier),
             manifest.pruning.n_kept < manifest.pruning.n_experts,
-            manifest.source.earlier is not None,
+            manifest.pruning.repair is not None,
         )
 
     @property
@@ -61,6 +64,12 @@ class PrunedFrom:
         """The model type, such as `qwen3_moe`, from the name of the class."""
         match = _FAMILY.fullmatch(self.architecture)
         return None if match is None else _WORDS.sub("_", match[1]).lower()
+
+
+def methods_of(method: str, earlier: EarlierPruning | None) -> tuple[str, ...]:
+    """All that was done to the experts of a model, in order, where `method` came last."""
+    before = () if earlier is None else tuple(earlier.methods)
+    return before if method == NO_METHOD else (*before, method)
 
 
 def hub_datasets(components: Sequence[ComponentRecord]) -> tuple[str, ...]:
@@ -97,14 +106,28 @@ def _pipeline(inherited: str | None, has_vision: bool) -> str:
 
 
 def _tags(card: SourceCard, pruned: PrunedFrom) -> list[str]:
-    is_pruned = pruned.drops_experts or pruned.was_pruned
-    own = [*(_OWN_TAGS if is_pruned else ("moe",)), pruned.family]
+    own = [*_way_tags(pruned), pruned.family]
     inherited = (
         tag
         for tag in card.list("tags")
         if not _HUB_TAG.fullmatch(tag) and not _FORMAT_TAGS.fullmatch(tag)
     )
     return [*dict.fromkeys(tag for tag in (*own, *inherited) if tag)][:_MOST_TAGS]
+
+
+def _way_tags(pruned: PrunedFrom) -> Iterator[str]:
+    """What was done to the experts: by which methods, and whether they are fewer or merged."""
+    methods = dict.fromkeys(pruned.methods)
+    if any(method in OBSERVED for method in methods):
+        yield "reap"
+    yield from (method.replace("_", "-") for method in methods if merges(method))
+    yield "moe"
+    if not all(map(merges, methods)):
+        yield from ("expert-pruning", "pruned")
+    if any(map(merges, methods)):
+        yield from ("expert-merging", "merged")
+    if pruned.is_repaired:
+        yield "repaired"
 
 
 def new_front_matter(manifest: Manifest, source_card: Path, library: str) -> str:

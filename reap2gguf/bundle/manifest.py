@@ -50,6 +50,7 @@ from reap2gguf.files import Advance, file_sha256, is_plain_name, plain_size
 from reap2gguf.gguf_files.tensor_types import is_type_name
 from reap2gguf.messages import shown
 from reap2gguf.models.description import MAX_LAYERS
+from reap2gguf.pruning.methods import NO_METHOD
 
 __all__ = [
     "FORMAT",
@@ -72,7 +73,6 @@ __all__ = [
     "hash_file",
 ]
 FORMAT = 1
-NO_METHOD = "none"  # of a bundle with all experts of its source
 _MAX_BYTES = 2**24  # a hundred layers of 512 experts in ten files take some 2 MiB
 _MAX_NUMBER = 2**63
 _MAY_BE_NEGATIVE = ("seed",)

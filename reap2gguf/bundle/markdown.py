@@ -94,3 +94,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of cells that are safe already."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def ranges(ids: Sequence[int]) -> str:
+    """Numbers in ascending order, with runs of three and more shortened: 1, 4-7."""
+    runs: list[list[int]] = []
+    for number in ids:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    parts: list[str] = []
+    for first, last in runs:
+        parts += [f"{first}-{last}"] if last - first > 1 else map(str, range(first, last + 1))
+    return ", ".join(parts) or "none"

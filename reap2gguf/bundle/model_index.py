@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from reap2gguf.bundle.wording import Wording, wording
+
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
@@ -35,14 +37,18 @@ def eval_results(manifest: Manifest, *, of_files: bool) -> list[EvalResult]:
         variants = {record.file: f", {_name(record.label)}" for record in manifest.gguf}
     else:
         variants = {"pruned": ""}
+    words = wording(manifest.pruning)
     found: list[EvalResult] = []
-    for results in (_of_text, _of_tasks):
-        for name, end in variants.items():
-            found += results(evaluation, name, end)
+    for name, end in variants.items():
+        found += _of_text(evaluation, name, end, words)
+    for name, end in variants.items():
+        found += _of_tasks(evaluation, name, end)
     return found
 
 
-def _of_text(evaluation: Evaluation, variant: str, end: str) -> Iterator[EvalResult]:
+def _of_text(
+    evaluation: Evaluation, variant: str, end: str, words: Wording
+) -> Iterator[EvalResult]:
     record, text = evaluation.variant(variant), evaluation.text
     if record is None or text is None:
         return
@@ -58,7 +64,7 @@ def _of_text(evaluation: Evaluation, variant: str, end: str) -> Iterator[EvalRes
     for reference in ("source", "pruned"):
         found = evaluation.divergence(variant, reference)
         if found is not None:
-            name = f"mean KL divergence from the {reference} model{end}"
+            name = f"mean KL divergence from the {words.name(reference)} model{end}"
             yield _result("kl_divergence", name, found.mean.value, **where)
 
 

@@ -293,6 +293,7 @@ class GgufRecord:
     parts: Sequence[str] = ()
     made_by: Mapping[str, str] = field(default_factory=dict)  # versions, if not the bundle's
     adopted: bool = False
+    source_blocks: int = 0  # tensors that have the blocks of the GGUF file that is the source
     has_toml: bool = False  # whether the recipe lies beside it: its types were chosen for a size
 
     @property

@@ -33,5 +33,5 @@ def _base_model(folder: Path) -> str:
     try:
         name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     except CheckpointError:
-        name = None
+        name = None  # the message that is being made says what is wrong without it
     return shown(name) if isinstance(name, str) and name else "another model"

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reap2gguf.checkpoint.config import parse_json_object
 from reap2gguf.errors import CheckpointError
 from reap2gguf.files import open_entry
 from reap2gguf.messages import shown
 
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
+
 # A third of the reference implementation's limit; enough for a quarter of a million tensors.
 MAX_HEADER_BYTES = 32 * 2**20
 _MAX_DIMENSIONS = 8
 _MAX_EMPTY = 2**20  # along an axis of a tensor without values
+_NO_BLOCKS: Mapping[str, GGMLQuantizationType] = {}
 ITEM_BYTES = {
     "F64": 8,
     "I64": 8,
@@ -49,6 +54,10 @@ class StoredTensor:
     shape: tuple[int, ...]
     # what these values are decoded from, such as "MXFP4"; "" if they are stored as they are
     coded: str = field(default="", kw_only=True)
+    # of a GGUF source: the types of the GGUF tensors that they are read from, by name
+    blocks: Mapping[str, GGMLQuantizationType] = field(
+        default_factory=lambda: _NO_BLOCKS, kw_only=True, compare=False
+    )
 
     @property
     def n_elements(self) -> int:

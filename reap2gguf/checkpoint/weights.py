@@ -17,6 +17,7 @@ from reap2gguf.errors import CheckpointError
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.safetensors_header import StoredTensor
+    from reap2gguf.gguf_files.blocks import Blocks
     from reap2gguf.gguf_files.reader import GgufHeader
 
 Floats = npt.NDArray[np.float32]
@@ -60,6 +61,11 @@ class Weights(ABC):
     @property
     def gguf(self) -> GgufHeader | None:
         """The header of the GGUF file that the weights are read from; None for safetensors."""
+        return None
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """The tensors that such a file has, or will have without experts that go; None likewise."""
         return None
 
     @property

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -79,13 +79,14 @@ Repairs = Callable[["PrunedView", ExitStack], "PrunedView"]
 
 @dataclass(frozen=True)
 class Chooser:
-    """A model, the experts that each criterion keeps of it, and the texts."""
+    """A model, the experts that each criterion keeps of it, merged ones, and the texts."""
 
     source: Weights
     model: MoeModel  # of the source
     kept: Mapping[str, Kept]
     held_out: MeasuredText
     other: MeasuredText | None
+    merged: Mapping[str, PrunedView] = field(default_factory=dict)
 
     def choose(
         self, evaluate: Evaluates, repair: Repairs | None
@@ -95,16 +96,17 @@ class Chooser:
         Without `repair`, none is repaired. Raises EvaluationError for a broken candidate, and what
         both functions raise.
         """
-        same = first_with_same(self.kept)
+        criteria = first_with_same(self.kept)
+        same = {**criteria, **{name: name for name in self.merged}}
         views = pruned_views(self.source, self.model, self.kept)
-        scores = evaluate(self._asked(views))
-        found = choice_of_scores(scores, same, self.held_out, self.other)
+        scores = evaluate(self._asked({**views, **self.merged}))
         if repair is None:
-            return found, {}
-        best = same[found.chosen]
-        name, begun = repaired_name(found.chosen), time.monotonic()
+            return choice_of_scores(scores, same, self.held_out, self.other), {}
+        # a repair is of removed experts: the best criterion gets one, whatever a merge costs
+        best = choice_of_scores(scores, criteria, self.held_out, self.other).chosen
+        name, begun = repaired_name(best), time.monotonic()
         with ExitStack() as stack:
-            repaired = repair(views[best], stack)
+            repaired = repair(views[criteria[best]], stack)
             seconds = {name: time.monotonic() - begun}
             more = evaluate(self._asked({name: repaired}))
         scores = joined_scores(scores, more)

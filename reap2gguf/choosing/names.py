@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from reap2gguf.errors import UsageError
-from reap2gguf.pruning.methods import METHODS, OBSERVED
+from reap2gguf.pruning.methods import MERGING, METHODS, OBSERVED, merges
 
 AUTO = "auto"  # the best of several methods, by what each costs
 BUILD_METHODS = (*METHODS, AUTO)
@@ -26,6 +26,7 @@ def split_name(candidate: str) -> tuple[str, bool]:
 def check_candidates(value: object) -> tuple[str, ...]:
     """What to choose from, each once, from names with commas, a list, or `all`; None: the usual.
 
+    `all` are the criteria and the repair. Methods that merge experts come after the criteria, and
     BEST_REPAIRED comes last. Raise UsageError for anything else.
     """
     if value is None:
@@ -34,21 +35,26 @@ def check_candidates(value: object) -> tuple[str, ...]:
     if not isinstance(parts, Iterable) or isinstance(parts, bytes):
         raise UsageError(f"candidates is {value!r}, expected names of methods")
     names = [part.strip() if isinstance(part, str) else part for part in parts]
-    known = (*OBSERVED, BEST_REPAIRED)
+    known = (*OBSERVED, *MERGING, BEST_REPAIRED)
     if names == ["all"]:
-        return known
+        return (*OBSERVED, BEST_REPAIRED)
     for name in names:
         if name not in known:
             raise UsageError(
                 f"candidates names {name!r}, expected some of {', '.join(known)}, or all"
             )
-    if not set(names) - {BEST_REPAIRED}:
+    if not set(names) - {BEST_REPAIRED, *MERGING}:
         raise UsageError("candidates names no criterion, such as reap or weighted_ean_sum")
     named = dict.fromkeys(names)
-    criteria = [name for name in named if name != BEST_REPAIRED]
-    return (*criteria, BEST_REPAIRED) if BEST_REPAIRED in named else tuple(criteria)
+    found = (*criteria_of(named), *merging_of(named))
+    return (*found, BEST_REPAIRED) if BEST_REPAIRED in named else found
 
 
 def criteria_of(candidates: Iterable[str]) -> tuple[str, ...]:
     """The candidates that are criteria alone."""
-    return tuple(name for name in candidates if name != BEST_REPAIRED)
+    return tuple(name for name in candidates if name in OBSERVED)
+
+
+def merging_of(candidates: Iterable[str]) -> tuple[str, ...]:
+    """The candidates that merge experts."""
+    return tuple(filter(merges, candidates))

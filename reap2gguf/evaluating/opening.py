@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,12 +15,14 @@ from reap2gguf.gguf_files.split import read_whole_header
 from reap2gguf.gguf_source.weights import GgufWeights
 from reap2gguf.hub.opened import open_model
 from reap2gguf.models.from_gguf import model_from_gguf
-from reap2gguf.models.table import BY_GGUF
+from reap2gguf.models.table import BY_GGUF, describe
+from reap2gguf.pruning.view import PrunedView
 
 if TYPE_CHECKING:
     from reap2gguf.gguf_files.reader import GgufHeader
     from reap2gguf.hub.opened import OpenModel
     from reap2gguf.progress import Progress
+    from reap2gguf.pruning.select import Kept
 
 SOURCE, PRUNED = "source", "pruned"
 
@@ -42,6 +45,20 @@ class OpenVariants:
         opened = self._open(str(path), follow_links=False)
         taken = any(variant.name == PRUNED for variant in self.variants)
         self._add(opened, PRUNED, path.resolve().name if taken else PRUNED)
+
+    def sliced(self, kept: Kept, keep_mtp: bool) -> None:
+        """Add the source without some experts: what the files of a bundle were quantized from.
+
+        Raises UsageError if `kept` are not experts of the source.
+        """
+        (source,) = self.variants
+        view = PrunedView(source.weights, describe(source.weights, keep_mtp), kept)
+        bits = 8 * view.n_bytes / view.n_parameters
+        which = hashlib.sha256(repr((sorted(kept.items()), keep_mtp)).encode()).hexdigest()
+        identity = f"{source.identity} {which}"
+        self.variants.append(
+            Variant(PRUNED, "pruned", view, view.model, view.n_bytes, bits, identity)
+        )
 
     def gguf(self, path: Path, name: str | None = None) -> None:
         """Open a GGUF file; of several parts, the first one. Its name is that of the variant.
@@ -66,8 +83,9 @@ class OpenVariants:
         come from its own header.
         """
         count = header.metadata.get(f"{header.metadata.get('general.architecture')}.expert_count")
-        is_other = all(one.model.facts.n_experts != count for one in self.variants)
-        if is_other and any(one.weights.gguf is not None for one in self.variants):
+        named = [one for one in self.variants if one.kind != "gguf"]
+        is_other = all(one.model.facts.n_experts != count for one in named)
+        if is_other and any(one.weights.gguf is not None for one in named):
             found = model_from_gguf(header, BY_GGUF)
             return GgufWeights(header, found.model, found.template)
         template = self._template(header)

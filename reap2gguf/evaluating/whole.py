@@ -188,7 +188,7 @@ class WholeEvaluation:
                 for one in self.variants
                 if one.kind != "gguf" and one.model.facts.n_experts == count
             ]
-            found.setdefault(folders[-1], []).append((variant, path))
+            found.setdefault(folders[-1] if folders else None, []).append((variant, path))
         return found
 
     def _programs(self) -> list[TaskScore]:

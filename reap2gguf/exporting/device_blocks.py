@@ -107,6 +107,7 @@ class DeviceBlocks:
         not finite or beyond a type's range, DependencyError if a block is not what libggml makes,
         CudaError if the GPU fails.
         """
+        types = [one for one in types if not batch[0].tensor.is_copied_as(one)]
         is_weighted = self.host.importance_of(batch[0], types) is not None
         on_gpu = [one for one in types if (one, is_weighted) in self.usable]
         if not on_gpu or _stored_size(self.host, batch) > BATCH_BYTES:

@@ -7,7 +7,7 @@ itself. Four things differ on purpose:
 - `general.name` is the name as it is, not a title made of it.
 - A size in the name counts only if the file has that size, within a tenth: a pruned model keeps the
   name of the larger one. Otherwise the label is computed from the tensors.
-- `-REAP-0.25` or `-REAM-0.25` at the end of a pruned model's name is no version.
+- `-REAP-0.25`, `-REAM-0.25` or `-HC-SMoE-0.25` at the end of a pruned model's name is no version.
 - `_name_or_path` in config.json is not read: it names what a model was loaded from once.
 
 The base model of a pruned model is the checkpoint that was pruned. Cards are untrusted: see
@@ -31,7 +31,7 @@ from reap2gguf.bundle.source_card import SourceCard, read_card
 from reap2gguf.messages import one_line
 from reap2gguf.models.description import HeaderValue
 
-_REAP = re.compile(r"(.+)-(REA[PM]-\d+(?:\.\d+)?)")
+_ENDING = re.compile(r"(.+)-((?:REAP|REAM|HC-SMoE)-\d+(?:\.\d+)?)")
 _TOTAL = re.compile(r"(\d+(?:\.\d+)?)([KMBT])", re.ASCII)
 _SCALES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _HUB_URL = re.compile(r"https?://huggingface\.co/([^/]+/[^/]+)")
@@ -103,7 +103,7 @@ def _of_pruned(
     """What the card of the pruned model will say."""
     front = pruned_values(card, pruned)
     yield _text("general.name", name)
-    match = _REAP.fullmatch(name)
+    match = _ENDING.fullmatch(name)
     parts = _taken_apart(match[1] if match else name, n_parameters)
     if match:
         parts["finetune"] = "-".join(filter(None, (parts.get("finetune"), match[2])))

@@ -34,6 +34,7 @@ from reap2gguf.exporting.row_ranges import (
     RowRange,
     batches,
     check_imatrix,
+    made_types,
     work_through,
 )
 from reap2gguf.files import is_own_file
@@ -114,10 +115,7 @@ def export_gguf(
     otherwise. Raises ArtifactError if the imatrix does not fit, CheckpointError if a stored value
     is not finite, OutputError if the disk is full or fails.
     """
-    types_of = {
-        tensor.name: {output.header.tensor_types[tensor.name] for output in outputs}
-        for tensor in tensors
-    }
+    types_of = made_types(tensors, [output.header.tensor_types for output in outputs])
     check_imatrix(tensors, types_of, imatrix)
     quantizer = load_quantizer(checked)
     layouts = [lay_out(weights.folder, tensors, output.header) for output in outputs]
@@ -133,22 +131,31 @@ def export_gguf(
             entries = imatrix.entries if imatrix else {}
             importance = AwaitedImportance(entries, types_of)
             host = BlockMaker(weights, quantizer, entries)
-            keys = {
-                (one, importance.is_weighted(name))
-                for name, types in types_of.items()
-                for one in types
-            }
+            keys = _to_quantize(types_of, importance)
             made = stack.enter_context(making(host, device, keys, total, n_threads, progress))
             importance.expect_readers(made.n_threads)
             _Job(weights, made, importance, files, task, journal).run_all(tensors)
     except BaseException:
         if journal is None:
-            for output in outputs:
-                with suppress(OSError):  # the error that is being raised says more
-                    part_of(output.path).unlink(missing_ok=True)
+            _remove_unfinished(outputs)
         raise
     for output in outputs:
         rename(part_of(output.path), output.path)
+
+
+def _to_quantize(
+    types_of: Mapping[str, set[GGMLQuantizationType]], importance: AwaitedImportance
+) -> set[tuple[GGMLQuantizationType, bool]]:
+    """Each type that a tensor gets, with whether it is weighted by importance."""
+    return {
+        (one, importance.is_weighted(name)) for name, types in types_of.items() for one in types
+    }
+
+
+def _remove_unfinished(outputs: Sequence[GgufOutput]) -> None:
+    for output in outputs:
+        with suppress(OSError):  # the error that is being raised says more
+            part_of(output.path).unlink(missing_ok=True)
 
 
 def _can_resume(

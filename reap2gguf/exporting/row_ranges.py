@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from reap2gguf.checkpoint.safetensors_header import ITEM_BYTES
+from reap2gguf.checkpoint.weights import FLOATS
 from reap2gguf.errors import ArtifactError, CheckpointError
 from reap2gguf.ggml import NEEDS_IMPORTANCE, UNWEIGHTED_TYPES, is_tiny
 from reap2gguf.gguf_files.growing import entry_shape
@@ -61,6 +63,14 @@ class RowRange:
     def first_in_tensor(self) -> int:
         """The first row, counted from the tensor's first matrix."""
         return self.matrix * rows_per_matrix(self.tensor) + self.first
+
+    def blocks(self, weights: Weights) -> npt.NDArray[np.uint8]:
+        """Its rows (last - first, bytes of a row) in the blocks that the weights have them in."""
+        if self.tensor.source_type is None:
+            return read_blocks(weights, self.tensor, self.slab, self.first, self.last)
+        first = self.first_in_tensor
+        assert weights.blocks is not None
+        return weights.blocks.read(self.tensor.name, first, first + self.last - self.first)
 
     @property
     def n_values(self) -> int:
@@ -116,7 +126,7 @@ class BlockMaker:
         range.
         """
         if rows.tensor.is_copied_as(tensor_type):
-            return read_blocks(self.weights, rows.tensor, rows.slab, rows.first, rows.last)
+            return rows.blocks(self.weights)
         with self.named(rows):
             importance = self.importance_of(rows, (tensor_type,))
             return self.quantizer.quantize(values, tensor_type, importance)
@@ -155,8 +165,10 @@ class BlockMaker:
         """A range as bytes of each type; values are read only where blocks are made of them."""
         copied = [one for one in types if rows.tensor.is_copied_as(one)]
         for tensor_type in copied:
-            where = rows.first, rows.last
-            yield tensor_type, read_blocks(self.weights, rows.tensor, rows.slab, *where)
+            data = rows.blocks(self.weights)
+            if tensor_type.name in FLOATS and not _are_finite(data, tensor_type.name):
+                raise self.not_finite(rows)
+            yield tensor_type, data
         if not (others := [one for one in types if one not in copied]):
             return
         values = self._read_stored(rows)
@@ -191,6 +203,22 @@ class BlockMaker:
         """Folder and name of the stored tensor that rows are read from."""
         name, _ = self.weights.origin(rows.slab.stored)
         return f"{self.weights.folder}: {name!r}"
+
+
+def _are_finite(data: npt.NDArray[np.uint8], dtype: str) -> bool:
+    """Whether rows of F32, F16 or BF16 hold no NaN and no infinity."""
+    return StoredRows.of(data.reshape(-1), dtype, data.size // ITEM_BYTES[dtype]).largest < np.inf
+
+
+def made_types(
+    tensors: Iterable[GgufTensor], files: Sequence[Mapping[str, GGMLQuantizationType]]
+) -> dict[str, set[GGMLQuantizationType]]:
+    """The types that each tensor is quantized to, for files with these types; not those that it is
+    copied as."""
+    return {
+        tensor.name: {of[tensor.name] for of in files if not tensor.is_copied_as(of[tensor.name])}
+        for tensor in tensors
+    }
 
 
 def all_ranges(tensors: Sequence[GgufTensor]) -> Iterator[RowRange]:

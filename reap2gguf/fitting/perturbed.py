@@ -83,7 +83,9 @@ class PerturbedView(PrunedView):
         other = copy.copy(self)
         other._blocks, other._names = blocks, frozenset(names)
         other.tensors = {
-            name: replace(stored, dtype="F32", coded="") if name in other._names else stored
+            name: replace(stored, dtype="F32", coded="", blocks={})
+            if name in other._names
+            else stored
             for name, stored in self.tensors.items()
         }
         return other

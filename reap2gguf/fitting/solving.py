@@ -26,7 +26,6 @@ from reap2gguf.quantizing.resolve import resolve
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType as Type
 
-    from reap2gguf.building.history import History
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.fitting.errors_table import Cache, Errors, Where
     from reap2gguf.fitting.fitted import Problem
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.progress import Progress
+    from reap2gguf.pruning.history import History
     from reap2gguf.pruning.view import PrunedView
 
 _FEW_BITS = 2.6  # below it, types of less than 2 bits are measured too

@@ -32,7 +32,6 @@ from reap2gguf.quantizing.quantizer import load_quantizer
 
 if TYPE_CHECKING:
     from reap2gguf.building.given import GivenImatrix
-    from reap2gguf.building.history import History
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.evaluating.scores import Pair, Scores
     from reap2gguf.fitting.errors_table import Cache, Errors, Where
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import GgufTensor
     from reap2gguf.progress import Progress
+    from reap2gguf.pruning.history import History
     from reap2gguf.pruning.select import Kept
     from reap2gguf.quantizing.recipe import Rule
 

@@ -46,7 +46,7 @@ class GrowingEntries(Mapping[str, "ImatrixEntry"]):
             self._n_waiting += 1
             begun = time.monotonic() if self._n_waiting == self.n_readers else None
             self._changed.wait_for(lambda: self._is_stopped or name in self._final)
-            if begun is not None:  # the last that came; when it goes on, others do
+            if begun is not None:  # the last that came; when it continues, so do others
                 self.seconds_idle += time.monotonic() - begun
             self._n_waiting -= 1
             if name not in self._final:

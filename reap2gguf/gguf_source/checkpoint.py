@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.quantized.keys import READ_FROM_GGUF
 from reap2gguf.errors import ArtifactError
 from reap2gguf.files import open_plain
 from reap2gguf.gguf_source.weights import GgufWeights
@@ -48,6 +49,10 @@ class GgufCheckpoint(Checkpoint):
 
     @property
     def gguf(self) -> GgufHeader:
+        return self._header
+
+    @property
+    def blocks(self) -> GgufHeader:
         return self._header
 
     def kind(self, name: str) -> str:
@@ -87,7 +92,7 @@ class GgufCheckpoint(Checkpoint):
         if types <= set(_FULL_TYPES):
             return ()
         bits = _BITS * self.n_bytes / self.n_parameters
-        stored = f"it is read from a GGUF file of {bits:.2f} bits per weight"
+        stored = f"{READ_FROM_GGUF} {bits:.2f} bits per weight"
         return (f"{stored}: its experts are ranked by dequantized weights",)
 
     def fingerprint(self) -> str:

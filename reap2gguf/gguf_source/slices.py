@@ -8,7 +8,8 @@ single numbers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,11 @@ from reap2gguf.messages import shown
 from reap2gguf.models.description import Expert, Router
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from reap2gguf.checkpoint.weights import Weights
+    from reap2gguf.gguf_files.blocks import Blocks
     from reap2gguf.gguf_files.reader import GgufHeader, GgufTensorInfo
-    from reap2gguf.gguf_source.checkpoint import GgufCheckpoint
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import GgufTensor
     from reap2gguf.pruning.view import PrunedView
@@ -71,6 +75,25 @@ class Slice:
             for begin in range(first, last, step):
                 yield header.read(self.info.name, begin, min(begin + step, last)).reshape(-1)
 
+    def rows(self, header: Blocks, first: int, last: int) -> npt.NDArray[np.uint8]:
+        """Rows [first, last) of what stays, as bytes (last - first, bytes of a row)."""
+        name = self.info.name
+        if self.is_flat:
+            assert self.entries is not None
+            numbers = header.read(name).reshape(self.info.shape[self.axis], -1)
+            return numbers[list(self.entries)].reshape(1, -1)[first:last]
+        if self.entries is None:
+            return header.read(name, first, last)
+        each = prod(self.info.shape[:-1]) // self.info.shape[self.axis]
+        parts = []
+        while first < last:
+            entry, inside = divmod(first, each)
+            count = min(last - first, each - inside)
+            begin = self.entries[entry] * each + inside
+            parts.append(header.read(name, begin, begin + count))
+            first += count
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
     def _runs(self) -> Iterator[tuple[int, int]]:
         """Rows [first, last) that stay; neighbouring experts are one run."""
         n_rows = prod(self.info.shape[:-1])
@@ -88,13 +111,40 @@ class Slice:
                 begin = previous = entry
 
 
-def slices_of(checkpoint: GgufCheckpoint, view: PrunedView) -> dict[str, Slice]:
+@dataclass(frozen=True)
+class SlicedBlocks:
+    """The tensors of a GGUF file as far as they stay, read from that file."""
+
+    source: Blocks
+    slices: Mapping[str, Slice]
+
+    @property
+    def path(self) -> Path:
+        return self.source.path
+
+    @cached_property
+    def tensors(self) -> Mapping[str, GgufTensorInfo]:
+        """Each with its shape and size; where they begin is not known."""
+        return {
+            name: replace(one.info, shape=one.shape, n_bytes=one.n_bytes, offset=0)
+            for name, one in self.slices.items()
+        }
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> npt.NDArray[np.uint8]:
+        """Rows [first, last) of what stays of one tensor, as bytes (n_rows, row_bytes)."""
+        one = self.slices[name]
+        return one.rows(self.source, first, prod(one.shape[:-1]) if last is None else last)
+
+
+def slices_of(source: Weights, view: PrunedView) -> dict[str, Slice]:
     """What stays of each tensor, by name, in the file's order; tensors that are dropped are not in.
 
-    Raises UnsupportedModelError for a tensor whose experts are not rows of whole blocks.
+    `source` are the weights of a GGUF file, of which `view` is a view. Raises UnsupportedModelError
+    for a tensor whose experts are not rows of whole blocks.
     """
-    model, header = view.source_model, checkpoint.gguf
-    tensors = {one.name: one for one in model.gguf_tensors(checkpoint.tensors)}
+    model, header = view.source_model, source.blocks
+    assert header is not None
+    tensors = {one.name: one for one in model.gguf_tensors(source.tensors)}
     expected = {one.name: one.shape for one in view.model.gguf_tensors(view.tensors)}
     found: dict[str, Slice] = {}
     for name, info in header.tensors.items():

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -31,28 +31,15 @@ from reap2gguf.models.gguf_keys import block_of
 from reap2gguf.quantizing.quantizer import load_quantizer
 
 if TYPE_CHECKING:
-    from reap2gguf.gguf_files.reader import GgufTensorInfo
+    from gguf import GGMLQuantizationType
+
+    from reap2gguf.gguf_files.blocks import Blocks
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import Floats, GgufTensor, Slab
 
 _ITEM = 4  # bytes of a float32
-Bytes = npt.NDArray[np.uint8]
+Types = dict[str, "GGMLQuantizationType"]  # by GGUF tensor
 _MOST_WHOLE = 2  # tensors that are held because no part can be read alone
-
-
-class Blocks(Protocol):
-    """Tensors as a GGUF file has them: those of a file's header, or made when they are read."""
-
-    @property
-    def path(self) -> Path:
-        """What errors name."""
-
-    @property
-    def tensors(self) -> Mapping[str, GgufTensorInfo]:
-        """All of them, by name."""
-
-    def read(self, name: str, first: int = 0, last: int | None = None) -> Bytes:
-        """Rows [first, last) of one tensor, as bytes (n_rows, row_bytes)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +108,7 @@ class GgufWeights(Weights):
         self._quantizer = load_quantizer()
         names = self._found(model, template)
         self.tensors = {
-            name: StoredTensor(name, "F32", tensor.shape)
+            name: StoredTensor(name, "F32", tensor.shape, blocks=names[name])
             for name, tensor in template.items()
             if name in names
         }
@@ -136,9 +123,16 @@ class GgufWeights(Weights):
         other._whole = _Whole(other._read_whole)
         return other
 
-    def _found(self, model: MoeModel, template: Mapping[str, StoredTensor]) -> set[str]:
-        """Names of the template's tensors that the file has; ArtifactError if it has others."""
-        found: set[str] = set()
+    @property
+    def blocks(self) -> Blocks:
+        return self._header
+
+    def _found(self, model: MoeModel, template: Mapping[str, StoredTensor]) -> dict[str, Types]:
+        """The template's tensors that the file has, with the types of the GGUF tensors they are in.
+
+        Raises ArtifactError if it has others.
+        """
+        found: dict[str, Types] = {}
         infos = self._header.tensors
         expected = model.gguf_tensors(template)
         for tensor in expected:
@@ -158,7 +152,8 @@ class GgufWeights(Weights):
                     f"{where} is {info.tensor_type.name}, which is not a type for weights"
                 )
             if tensor.made is None:
-                found.update(slab.stored for slab in tensor.slabs)
+                for stored in {slab.stored for slab in tensor.slabs}:
+                    found.setdefault(stored, {})[tensor.name] = info.tensor_type
             else:
                 self._check_made(tensor)
         if unknown := sorted(infos.keys() - {tensor.name for tensor in expected}):

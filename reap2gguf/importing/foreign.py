@@ -119,8 +119,8 @@ def read_foreign(text: str, where: str, base: str | None = None) -> ForeignRecip
         return _of_command(read_command(text, where), where, base)
     if "=" not in text and len(words := text.split()) == 1:
         raise RecipeError(
-            f"{where}: {shown(words[0])} is no file here, no llama-quantize command and no "
-            "PATTERN=TYPE, such as attn_v=q8_0"
+            f"{where}: {shown(words[0])} is neither a file, nor a llama-quantize command, "
+            "nor PATTERN=TYPE, such as attn_v=q8_0"
         )
     read = _Read(where)
     for number, line in enumerate(text.splitlines(), start=1):

@@ -13,7 +13,7 @@ from reap2gguf.importing.from_file import counted
 from reap2gguf.messages import one_line
 from reap2gguf.models.roles import spots
 from reap2gguf.quantizing.deciding import fixed_type
-from reap2gguf.quantizing.mixture import fitting
+from reap2gguf.quantizing.mixture import type_that_fits
 from reap2gguf.quantizing.recipe import Recipe, Rule
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from reap2gguf.quantizing.toml_text import toml_pattern, toml_string
@@ -233,7 +233,7 @@ def _judged(
     n_fallback = 0
     if fate == "kept":
         kind = rule.tensor_type
-        n_fallback = sum(fitting(kind, tensor.n_columns) is not kind for tensor in decided)
+        n_fallback = sum(type_that_fits(kind, tensor.n_columns) is not kind for tensor in decided)
         rule = replace(rule, optional=False, fallback=rule.fallback and n_fallback > 0)
     n_matched = len(free) if fate == "kept" else len(matched)
     return ImportedRule(written.text, rule, fate, n_matched, len(decided), n_fallback)

@@ -138,7 +138,7 @@ class Storage:
         try:
             source = open_plain(self._objects / entry.object)
         except OSError:
-            return False
+            return False  # the caller reports that the state is incomplete
         with source, whole_file(path) as file:
             for piece in _pieces(source, self._objects / entry.object):
                 digest.update(piece)
@@ -201,7 +201,7 @@ class Storage:
         try:
             before = path.lstat()
         except FileNotFoundError:
-            return
+            return  # renamed or removed meanwhile
         if _identity(before) in self._known or not _is_quiet(before):
             return
         try:
@@ -320,7 +320,7 @@ class Storage:
         try:
             values = json.loads(read_entry(self.output / _MARKER, 2**16))
         except (OSError, OutputError, ValueError):
-            return {}
+            return {}  # an output that this storage has not marked as its own
         return values if isinstance(values, dict) else {}
 
 

@@ -154,7 +154,7 @@ class _Checks:
             values = self.header.metadata.get(f"tokenizer.ggml.{name}")
             if values is not None and (not isinstance(values, list) or len(values) != len(tokens)):
                 raise ArtifactError(
-                    f"{self.path}: tokenizer.ggml.{name} has not one entry for each of "
+                    f"{self.path}: tokenizer.ggml.{name} does not have one entry for each of "
                     f"{len(tokens):,} tokens; llama.cpp would read beyond it"
                 )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -113,9 +113,13 @@ class MoeModel(ABC):
     def role(self, name: str) -> Role:
         """What a stored tensor is; UnknownTensorError if no rule explains it."""
 
-    @abstractmethod
     def gguf_tensors(self, stored: Mapping[str, StoredTensor]) -> tuple[GgufTensor, ...]:
         """Every GGUF tensor, made of every stored tensor exactly once."""
+        return tuple(one.with_source_type(stored) for one in self._gguf_tensors(stored))
+
+    @abstractmethod
+    def _gguf_tensors(self, stored: Mapping[str, StoredTensor]) -> Iterator[GgufTensor]:
+        """The same, without the types that a GGUF source has them in."""
 
     @abstractmethod
     def gguf_metadata(self) -> tuple[HeaderValue, ...]:

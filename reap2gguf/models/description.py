@@ -7,15 +7,18 @@ layer. Shapes are given slowest dimension first (PyTorch, numpy); GGML's `ne` is
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from reap2gguf.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.safetensors_header import StoredTensor
 
 Projection = Literal["gate", "up", "down", "gate_up"]
 Part = Literal["weight", "bias"]
@@ -194,6 +197,8 @@ class GgufTensor:
     needs_f16: bool = False  # llama.cpp computes with it in F16, whatever its type
     # of the blocks that the checkpoint has it in, where a GGUF file may hold the very same ones
     block_type: GGMLQuantizationType | None = None
+    # of its blocks in the GGUF file that the checkpoint is read from; None: it is no GGUF file
+    source_type: GGMLQuantizationType | None = None
     # values that follow from the config, and are not stored: the slab says what of it they follow
     made: tuple[float, ...] | None = None
 
@@ -209,7 +214,21 @@ class GgufTensor:
 
     def is_copied_as(self, tensor_type: GGMLQuantizationType) -> bool:
         """Whether a file in which it has this type holds the checkpoint's own blocks."""
-        return self.block_type is not None and tensor_type is self.block_type
+        return tensor_type in (self.block_type, self.source_type)
+
+    def is_sliced_as(self, tensor_type: GGMLQuantizationType) -> bool:
+        """Whether these blocks are those of a GGUF source, which are cut to experts that stay."""
+        return tensor_type is self.source_type
+
+    def with_source_type(self, stored: Mapping[str, StoredTensor]) -> GgufTensor:
+        """The same with the type of its blocks, where what is stored is read from a GGUF file."""
+        source = None if self.made is not None else stored.get(self.slabs[0].stored)
+        found = None if source is None else source.blocks.get(self.name)
+        if found is None:
+            return self
+        # as of a checkpoint in such blocks: a recipe takes them for a type of no fewer bits
+        block = found if found is GGMLQuantizationType.MXFP4 else self.block_type
+        return replace(self, source_type=found, block_type=block)
 
     @property
     def never_quantized(self) -> bool:

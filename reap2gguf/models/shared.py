@@ -348,9 +348,6 @@ class DecoderModel(MoeModel):
             return None, name
         return int(match[1]), match[2]
 
-    def gguf_tensors(self, stored: Mapping[str, StoredTensor]) -> tuple[GgufTensor, ...]:
-        return tuple(self._gguf_tensors(stored))
-
     def _gguf_tensors(self, stored: Mapping[str, StoredTensor]) -> Iterator[GgufTensor]:
         for name, rule in self._outside.items():
             if not isinstance(self.role(name), Carried):

@@ -13,4 +13,17 @@ The words of this folder:
 - state: a file from which an interrupted sweep resumes.
 - probe: rows that no observer counts. They pass through the layers so that the predictions of a
   multi-token-prediction (MTP) block can be checked on them.
+
+Read `passes` first, then `sweep`:
+
+passes       the two passes: rows of tokens -> observations, or an importance matrix
+sweep_plan   device, dtype, budget and batches of a sweep on this machine; allocator
+sweep        all layers in order: batches, spool, state, warm_up of kernels
+layer_group  a batch through neighbouring layers
+decoder      the model of transformers with one layer in memory; recording, mtp, linear_attention
+loader       weights of the next layer meanwhile: readers, and targets, the names of their bytes
+observer     what watches a layer: saliency, importance (latents), joint
+totals       the sums of all processes
+narrowed     a layer with fewer experts, for what measures prunings
+compute/     experts, kernels, threads and processes
 """

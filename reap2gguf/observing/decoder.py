@@ -76,18 +76,12 @@ class StreamedDecoder:
         self._device = device
         self._base = _build(weights, dtype)
         self._norm = self._base.get_submodule(model.norm_module)
-        self._layers: list[torch.nn.Module] = list(self._base.layers)
-        count = len(self._layers)
-        if model.facts.has_mtp:
-            config, templates = self._base.config, model.mtp_templates()
-            block = build_mtp(config, self._layers, templates, self._norm, model.mtp_centers, dtype)
-            self._layers.append(block)
+        trunk = list(self._base.layers)
+        self._layers: list[torch.nn.Module] = [*trunk, *self._mtp_block(trunk)]
         if device.type == "cpu":
             follow_devices(part for layer in self._layers for part in layer.modules())
         save_memory(part for layer in self._layers for part in layer.modules())
-        self._recorders = [
-            Recorder(layer, is_last=i == count - 1) for i, layer in enumerate(self._layers[:count])
-        ]
+        self._recorders = [Recorder(layer, is_last=layer is trunk[-1]) for layer in trunk]
         self._base.layers = torch.nn.ModuleList(self._recorders)
         _build_rotary(self._base, device)
         self._arguments: dict[int, list[Arguments]] = {}  # by row length
@@ -101,11 +95,23 @@ class StreamedDecoder:
         self._found_targets: dict[int, dict[str, Target]] = {}
         self._shapes = Shapes()
         if has_triton(device):
-            # from the values themselves: asked for one that differs among layers, a config raises
-            self._shapes.prepare(device, dtype, vars(self._base.config).get("head_dim"))
-            for layer in (*self._layers, self._norm):
-                fuse(layer, self._shapes)
-            fuse_convolutions(part for layer in self._layers for part in layer.modules())
+            self._fuse()
+
+    def _mtp_block(self, trunk: list[torch.nn.Module]) -> Iterator[torch.nn.Module]:
+        """The block that predicts the token after the next one, if the model has one."""
+        model, config = self.model, self._base.config
+        if model.facts.has_mtp:
+            templates, centers = model.mtp_templates(), model.mtp_centers
+            yield build_mtp(config, trunk, templates, self._norm, centers, self._dtype)
+
+    def _fuse(self) -> None:
+        """Put kernels of several operations in place of those of the layers that have them."""
+        # from the values themselves: asked for one that differs among layers, a config raises
+        width = vars(self._base.config).get("head_dim")
+        self._shapes.prepare(self._device, self._dtype, width)
+        for layer in (*self._layers, self._norm):
+            fuse(layer, self._shapes)
+        fuse_convolutions(part for layer in self._layers for part in layer.modules())
 
     @property
     def device(self) -> torch.device:

@@ -32,7 +32,7 @@ from reap2gguf.errors import ObservationError
 from reap2gguf.observing.allocator import frees_at_once
 from reap2gguf.observing.batches import Batch, assign_spans
 from reap2gguf.observing.compute.kernels import has_triton
-from reap2gguf.observing.compute.ranks import connect_on, host_peers, join
+from reap2gguf.observing.compute.ranks import host_peers, join
 from reap2gguf.observing.decoder import StreamedDecoder
 from reap2gguf.observing.layer_group import LayerGroup, groups_of_layers
 from reap2gguf.observing.mtp import count_hits
@@ -43,11 +43,10 @@ from reap2gguf.observing.sweep_plan import (
     SweepContext,
     SweepPlan,
     gpu_errors,
-    limit_gpu_memory,
     opening_notes,
     plan_sweep,
-    resolve_device,
     waiting_note,
+    where_to_compute,
 )
 from reap2gguf.observing.totals import Totals
 from reap2gguf.observing.warm_up import warm_up
@@ -98,14 +97,7 @@ def sweep(
     """
     started = time.monotonic()
     ranks = join()
-    device, dtype = resolve_device(options)
-    where = f"{device.type} in {str(dtype).removeprefix('torch.')}"
-    ranks.check_same("the device", where, "pass --device and --dtype on all machines")
-    n_threads = max(1, options.threads // ranks.on_machine)
-    if device.type == "cuda":
-        torch.set_num_threads(n_threads)  # on a CPU the decoder's crew sets them
-    connect_on(ranks, device)
-    limit_gpu_memory(device, options.memory)
+    device, dtype, n_threads = where_to_compute(ranks, options)
     observer.use(device)
     peers = host_peers(ranks, device)
     decoder = StreamedDecoder(weights, model, dtype, device, n_threads, peers)

@@ -25,6 +25,7 @@ from reap2gguf.observing.budget import (
     gpu_memory,
     size_text,
 )
+from reap2gguf.observing.compute.ranks import connect_on
 from reap2gguf.observing.linear_attention import linear_attention_note
 
 if TYPE_CHECKING:
@@ -66,6 +67,24 @@ def limit_gpu_memory(device: torch.device, limit: int | None) -> None:
         _, total = torch.cuda.mem_get_info(device)
         share = 1.0 if limit is None else (limit - CONTEXT_BYTES) / total
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.0)), device)
+
+
+def where_to_compute(
+    ranks: Ranks, options: ComputeOptions
+) -> tuple[torch.device, torch.dtype, int]:
+    """The device, the dtype and the number of threads of a sweep, and both made ready.
+
+    Raises PeerError if they are not the same in all processes.
+    """
+    device, dtype = resolve_device(options)
+    where = f"{device.type} in {str(dtype).removeprefix('torch.')}"
+    ranks.check_same("the device", where, "pass --device and --dtype on all machines")
+    n_threads = max(1, options.threads // ranks.on_machine)
+    if device.type == "cuda":
+        torch.set_num_threads(n_threads)  # on a CPU the decoder's crew sets them
+    connect_on(ranks, device)
+    limit_gpu_memory(device, options.memory)
+    return device, dtype, n_threads
 
 
 @contextmanager

@@ -75,8 +75,8 @@ def layer_targets(
 
     Weights have `dtype`, or the type that `module_dtypes` has for their parameter: transformers
     keeps some in float32 whatever the model's type, such as a router's bias; and the model may name
-    more. Experts that are not
-    widened keep the type they are stored in. `names`: the layer's tensors, if they are known.
+    more. Experts that are not widened keep the type they are stored in. `names`: the layer's
+    tensors, if they are known.
     """
     prefix = model.block_prefix(index)
     base = model.experts_path(index)
@@ -102,12 +102,19 @@ def layer_targets(
         else:
             has_weights = True
     if has_weights:
-        tensors = model.expert_tensors(index, weights.tensors)
-        for fused, projections in _groups(tensors).items():
-            chosen = tuple(tensors[projection] for projection in projections)
-            own_dtype = dtype if widen_experts else None
-            targets[f"{base}.{fused}"] = _fused(weights, chosen, own_dtype)
+        targets |= _expert_targets(weights, model, index, dtype if widen_experts else None)
     return targets
+
+
+def _expert_targets(
+    weights: Weights, model: MoeModel, index: int, dtype: torch.dtype | None
+) -> dict[str, Target]:
+    """The matrices of all experts of a layer, one 3D target each; None: the stored type."""
+    base, tensors = model.experts_path(index), model.expert_tensors(index, weights.tensors)
+    return {
+        f"{base}.{fused}": _fused(weights, tuple(tensors[one] for one in projections), dtype)
+        for fused, projections in _groups(tensors).items()
+    }
 
 
 def expert_target(weights: Weights, tensor: GgufTensor, expert: int, dtype: torch.dtype) -> Target:

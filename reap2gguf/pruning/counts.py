@@ -62,5 +62,5 @@ def check_asked(method: str, repair: str, group_size: object) -> None:
         raise UsageError("group_size is for the method ream; pass it, or leave this out")
     if merges(method) and repair != "none":
         raise UsageError(
-            f"--repair: --method {method} gives experts new weights itself; leave one of both out"
+            f"--repair: --method {method} gives experts new weights itself; leave one of them out"
         )

@@ -61,8 +61,11 @@ GROUP_SIZE = 16  # experts of one of REAM's groups, at most: its C, as its autho
 MERGING = ("ream", "hc_smoe")
 
 METHODS = (*OBSERVED, *FROM_WEIGHTS, *MERGING)
+NO_METHOD = "none"  # of a bundle with all experts of its source
 GIVEN = "given"  # as it is recorded where the user named the experts that stay
 RECORDED = (*METHODS, GIVEN)  # what a manifest may name where experts were removed
+
+_NAMES = {"reap": "REAP", "ream": "REAM", "hc_smoe": "HC-SMoE", GIVEN: "a given list of experts"}
 
 
 def is_from_weights(method: str) -> bool:
@@ -81,6 +84,11 @@ def done_by(methods: Sequence[str]) -> str:
     if not any(merged):
         return "pruned"
     return "merged" if all(merged) else "pruned and merged"
+
+
+def method_name(method: str) -> str:
+    """What a method is called; one without a name of its own as it is recorded."""
+    return _NAMES.get(method, method)
 
 
 def observes_nothing(method: str) -> bool:

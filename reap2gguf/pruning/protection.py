@@ -88,7 +88,7 @@ def _range(text: str, first: str, last: str | None) -> tuple[int, int] | None:
     if first == "*" and last is None:
         return None
     if first == "*" or int(last or first) < int(first):
-        raise UsageError(f"--protect {shown(text)}: {first}-{last} is no ascending range")
+        raise UsageError(f"--protect {shown(text)}: {first}-{last} is not an ascending range")
     return int(first), int(last or first)
 
 

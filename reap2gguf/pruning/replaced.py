@@ -6,6 +6,7 @@ A repair gives the kept experts new `down_proj`, and a merge gives some of them 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,10 +54,13 @@ class ReplacedView(PrunedView):
                 )
             ):
                 raise CheckpointError(
-                    f"{replaced.folder}: tensor {name!r} is no tensor of the pruned model, or of "
+                    f"{replaced.folder}: tensor {name!r} is not in the pruned model, or has "
                     "another type or shape there; run the build again with --fresh"
                 )
         self._other = replaced
+        # no file has the blocks of new weights
+        new = {name: replace(self.tensors[name], blocks={}) for name in self._names}
+        self.tensors = {**self.tensors, **new}
 
     @property
     def replaced(self) -> Collection[str]:

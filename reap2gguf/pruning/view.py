@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,11 +19,13 @@ import numpy.typing as npt
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import UnsupportedModelError, UsageError
+from reap2gguf.gguf_source.slices import SlicedBlocks, slices_of
 from reap2gguf.messages import shown
 from reap2gguf.models.description import Dropped, Expert, ModelFacts, Router
 from reap2gguf.pruning.quantization import pruned_quantization
 
 if TYPE_CHECKING:
+    from reap2gguf.gguf_files.blocks import Blocks
     from reap2gguf.gguf_files.reader import GgufHeader
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.pruning.select import Kept
@@ -45,7 +48,13 @@ class _Slices(Weights):
         self._source = source
         self._origins = origins
         self.tensors = {
-            name: StoredTensor(name, stored.dtype, _shape(stored.shape, origin), coded=stored.coded)
+            name: StoredTensor(
+                name,
+                stored.dtype,
+                _shape(stored.shape, origin),
+                coded=stored.coded,
+                blocks=stored.blocks,
+            )
             for name, origin in origins.items()
             for stored in (source.tensors[origin.name],)
         }
@@ -164,6 +173,17 @@ class PrunedView(_Slices):
                 "them; pass --dequantize bf16"
             )
         return self._files
+
+    @cached_property
+    def blocks(self) -> Blocks | None:
+        source = self._source.blocks
+        return None if source is None else SlicedBlocks(source, slices_of(self._source, self))
+
+    @cached_property
+    def n_bytes(self) -> int:
+        if self.blocks is None:
+            return super().n_bytes
+        return sum(info.n_bytes for info in self.blocks.tensors.values())
 
     def parts(self, name: str) -> tuple[str, ...]:
         return self._parts.get(name, (name,))

@@ -86,7 +86,7 @@ class AcceptedRepos:
         try:
             names = read_json(self._path).get("accepted")
         except CheckpointError:
-            return []
+            return []  # no push has begun, or the file is damaged: they are looked at again
         return names if isinstance(names, list) else []
 
     def add(self, repo: str) -> None:
@@ -157,7 +157,7 @@ def _earlier_files(prepared: PreparedRepo, remote: RemoteRepo, fetch: Fetch) -> 
     try:
         values = json.loads(read(MANIFEST_FILE))
     except (ValueError, RecursionError):
-        values = None
+        values = None  # refused below, as a bundle without a name
     name = values.get("name") if isinstance(values, dict) else None
     if name != prepared.manifest.name:
         raise PublishError(

@@ -51,7 +51,7 @@ _FALLBACK = {
 }
 
 
-def part_of(name: str) -> Part:
+def mixture_part(name: str) -> Part:
     """The role of a GGUF tensor, by its name."""
     if name == "output.weight":
         return Part.OUTPUT
@@ -60,7 +60,7 @@ def part_of(name: str) -> Part:
     return next((part for piece, part in _PARTS if piece in name), Part.OTHER)
 
 
-def fitting(tensor_type: Type, n_columns: int) -> Type:
+def type_that_fits(tensor_type: Type, n_columns: int) -> Type:
     """`tensor_type`, or the type llama.cpp falls back to where rows do not fill its blocks."""
     if n_columns % block_of(tensor_type)[0] == 0:
         return tensor_type
@@ -86,7 +86,7 @@ class MixtureChooser:
         self._gqa = gqa
         self._has_imatrix = has_imatrix
         self._tied = all(tensor.name != "output.weight" for tensor in tensors)
-        self._n_values = sum(part_of(tensor.name) is Part.ATTN_V for tensor in tensors)
+        self._n_values = sum(mixture_part(tensor.name) is Part.ATTN_V for tensor in tensors)
         self._met: Counter[Part] = Counter()
 
     def fitted(self, tensor: GgufTensor, wanted: Type) -> Type:
@@ -94,16 +94,16 @@ class MixtureChooser:
         base = self._mixture.base
         if self._is_output(tensor) and tensor.n_columns % block_of(base)[0]:
             wanted = Type.Q8_0
-        return fitting(wanted, tensor.n_columns)
+        return type_that_fits(wanted, tensor.n_columns)
 
     def _is_output(self, tensor: GgufTensor) -> bool:
-        part = part_of(tensor.name)
+        part = mixture_part(tensor.name)
         return part is Part.OUTPUT or (self._tied and part is Part.TOKEN_EMBD)
 
     def choose(self, tensor: GgufTensor) -> Type:
         """The type that the mixture gives a tensor, whatever the length of its rows."""
         mixture = self._mixture
-        part = part_of(tensor.name)
+        part = mixture_part(tensor.name)
         if mixture.base in (Type.F32, Type.F16, Type.BF16):
             return mixture.base
         if self._is_output(tensor):

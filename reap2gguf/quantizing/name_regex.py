@@ -245,7 +245,7 @@ class NameRegex:
             raise RegexError(f"{len(pattern):,} letters, expected at most {MOST_LETTERS:,}")
         if not pattern.isascii() or not pattern:
             raise RegexError("expected letters, digits and signs of ASCII")
-        # of each state: the letters and the state they lead to, or the states to go on from at once
+        # of each state: the letters and the state they lead to, or the states after it at once
         self._letters: list[tuple[frozenset[str], int] | None] = []
         self._empty: list[list[tuple[str, int]]] = []
         self._end = self._state()

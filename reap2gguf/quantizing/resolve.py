@@ -18,7 +18,7 @@ from reap2gguf.models.description import is_of_experts
 from reap2gguf.models.roles import spots
 from reap2gguf.quantizing.deciding import fixed_type, refuse_idle_rules, winner
 from reap2gguf.quantizing.file_types import Part
-from reap2gguf.quantizing.mixture import MixtureChooser, fitting, part_of
+from reap2gguf.quantizing.mixture import MixtureChooser, mixture_part, type_that_fits
 
 if TYPE_CHECKING:
     from reap2gguf.models.description import GgufTensor, ModelFacts
@@ -49,6 +49,16 @@ class ResolvedTensor:
     def is_copied(self) -> bool:
         """Whether the file holds the checkpoint's own blocks."""
         return self.tensor.is_copied_as(self.tensor_type)
+
+    @property
+    def is_as_stored(self) -> bool:
+        """Whether they are of a type that stays where one of no fewer bits was meant."""
+        return self.tensor_type is self.tensor.block_type
+
+    @property
+    def is_sliced(self) -> bool:
+        """Whether these are those of a GGUF source."""
+        return self.tensor.is_sliced_as(self.tensor_type)
 
     @property
     def n_bytes(self) -> int:
@@ -99,6 +109,11 @@ class ResolvedRecipe:
         return 8 * self.n_bytes / sum(prod(entry.tensor.shape) for entry in self.table)
 
     @property
+    def n_sliced(self) -> int:
+        """Tensors that keep the blocks of a GGUF source."""
+        return sum(entry.is_sliced for entry in self.table)
+
+    @property
     def asks_importance(self) -> bool:
         """Whether it asks for a minimum of importance."""
         return any(entry.minimum is not None and entry.minimum.share > 0 for entry in self.table)
@@ -117,10 +132,13 @@ class ResolvedRecipe:
         return [
             entry.tensor.name
             for entry in self.table
-            if entry.tensor_type in NEEDS_IMPORTANCE
-            or (
-                entry.tensor_type in of_file_type
-                and part_of(entry.tensor.name) not in (Part.TOKEN_EMBD, Part.OUTPUT)
+            if not entry.is_copied
+            and (
+                entry.tensor_type in NEEDS_IMPORTANCE
+                or (
+                    entry.tensor_type in of_file_type
+                    and mixture_part(entry.tensor.name) not in (Part.TOKEN_EMBD, Part.OUTPUT)
+                )
             )
         ]
 
@@ -145,39 +163,56 @@ def resolve(
         gqa=facts.gqa,
         has_imatrix=has_imatrix,
     )
-    n_steps = sum(rule.selector.cost for rule in recipe.rules) * len(tensors)
-    if n_steps > _MAX_STEPS:
-        raise RecipeError(
-            f"recipe {recipe.name!r}: {len(recipe.rules):,} rules for {len(tensors):,} tensors, "
-            "too many to match; use fewer rules, with few stars or short regular expressions"
-        )
+    _check_steps(recipe, len(tensors))
     places = spots([tensor.name for tensor in tensors])
     winners: set[int] = set()
     resolved: dict[str, ResolvedTensor] = {}
+    # the mixture's choice for a tensor depends on those before it
     for tensor in sorted(tensors, key=_quantize_order):
-        whole = fixed_type(tensor, recipe)
-        first = winner(recipe, places[tensor.name], whole)
+        fixed = fixed_type(tensor, recipe)
+        first = winner(recipe, places[tensor.name], fixed)
+        rule = None if first is None else recipe.rules[first]
         if first is not None:
             winners.add(first)
-            rule = recipe.rules[first]
-            wanted = rule.tensor_type
-            if rule.fallback:
-                tensor_type = fitting(wanted, tensor.n_columns)
-            else:
-                _check_rows(tensor, rule, recipe)
-                tensor_type = wanted
-            by: Rule | None = rule
-        else:
-            wanted = chooser.choose(tensor) if whole is None else whole
-            tensor_type = chooser.fitted(tensor, wanted) if whole is None else whole
-            by = None
-        if by is None or by.fallback:
-            tensor_type = _kept(tensor, tensor_type)
-        meant = None if wanted is tensor_type else wanted
-        minimum = _minimum(tensor, tensor_type, by, recipe)
-        resolved[tensor.name] = ResolvedTensor(tensor, tensor_type, by, meant, minimum)
+        resolved[tensor.name] = _resolved(tensor, recipe, rule, fixed, chooser)
     refuse_idle_rules(recipe, winners, tensors, places)
     return ResolvedRecipe(recipe, tuple(resolved[tensor.name] for tensor in tensors))
+
+
+def _resolved(
+    tensor: GgufTensor,
+    recipe: Recipe,
+    rule: Rule | None,
+    fixed: Type | None,
+    chooser: MixtureChooser,
+) -> ResolvedTensor:
+    """The type that `rule` gives a tensor; without one, `fixed` or what the mixture chooses."""
+    if rule is not None:
+        wanted = tensor_type = rule.tensor_type
+        if rule.fallback:
+            tensor_type = type_that_fits(wanted, tensor.n_columns)
+        else:
+            _check_rows(tensor, rule, recipe)
+    elif fixed is not None:
+        wanted = tensor_type = fixed
+    else:
+        wanted = chooser.choose(tensor)
+        tensor_type = chooser.fitted(tensor, wanted)
+    if rule is None or rule.fallback:
+        tensor_type = _kept(tensor, tensor_type)
+    meant = None if wanted is tensor_type else wanted
+    minimum = _minimum(tensor, tensor_type, rule, recipe)
+    return ResolvedTensor(tensor, tensor_type, rule, meant, minimum)
+
+
+def _check_steps(recipe: Recipe, n_tensors: int) -> None:
+    """Raise RecipeError for a recipe whose rules would take too long to match."""
+    n_steps = sum(rule.selector.cost for rule in recipe.rules) * n_tensors
+    if n_steps > _MAX_STEPS:
+        raise RecipeError(
+            f"recipe {recipe.name!r}: {len(recipe.rules):,} rules for {n_tensors:,} tensors, "
+            "too many to match; use fewer rules, with few stars or short regular expressions"
+        )
 
 
 def _kept(tensor: GgufTensor, tensor_type: Type) -> Type:
@@ -195,7 +230,7 @@ def _minimum(
     tensor: GgufTensor, tensor_type: Type, by: Rule | None, recipe: Recipe
 ) -> Minimum | None:
     """What a recipe asks of a tensor's importance; nothing where that changes no byte."""
-    if tensor_type.name in UNWEIGHTED_TYPES:
+    if tensor_type.name in UNWEIGHTED_TYPES or tensor.is_copied_as(tensor_type):
         return None
     if by is not None and by.minimum is not None:
         return by.minimum

@@ -254,7 +254,7 @@ def _reason(entry: ResolvedTensor) -> str:
     """Why a tensor did not get the type that was meant for it."""
     if entry.wanted is None:
         return ""
-    if entry.is_copied:
+    if entry.is_as_stored:
         return (
             f"they are stored as {entry.tensor_type.name}, and would take no fewer bits in another"
         )

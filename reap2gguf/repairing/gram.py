@@ -80,7 +80,7 @@ class UnformedGram(Gram):
         try:
             return conjugate_gradients(multiply, blocks, self.right, start)
         except NotPositiveDefinite:
-            return None
+            return None  # lambda is too small for the precision of the sums
 
 
 def gram_of(features: Features, way: str) -> Gram:

@@ -6,7 +6,7 @@ the rows run through the layer with its new weights. Rows, batches, spools, weig
 between layers are those of any sweep (`observing/sweep.py`).
 
 A layer whose file is there is not fitted again: its weights are taken from the file. So a repair
-that was interrupted goes on to the same bytes.
+that was interrupted is resumed, and ends with the same bytes.
 
 Memory: see `budget.py`. Bits: as a sweep's, and those of the solver, which does not depend on the
 number of threads; another way of holding the Gram matrix, or another kind of machine, may round

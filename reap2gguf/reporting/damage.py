@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from reap2gguf.reporting.charts import Dot, DotRow, Legend, dot_rows, figure, legend
 from reap2gguf.reporting.html import Html, absent, code, paragraph, section
 from reap2gguf.reporting.numbers import plain, with_error
-from reap2gguf.reporting.overview import DAMAGE_TITLES
+from reap2gguf.reporting.overview import damage_title
 from reap2gguf.reporting.scales import log_scale
 from reap2gguf.reporting.tables import Column, byte_size, count, measured, number, table, words
 
@@ -18,23 +18,18 @@ if TYPE_CHECKING:
 
 _ORDER: tuple[Damage, ...] = ("pruning", "quantizing", "both")
 _EXPLAINED: dict[Damage, str] = {
-    "pruning": "pruned from source",
+    "pruning": "MODEL from source",
     "quantizing": "file from the model that was quantized",
     "both": "file from source: what one feels",
 }
 _QUANTILES = (("median", 50.0), ("p90", 90.0), ("p99", 99.0), ("p999", 99.9))
-_NOT_MEASURED = (
-    "What pruning and quantizing cost was not measured for this bundle. ",
-    code("reap2gguf evaluate"),
-    " measures it; then make this report again.",
-)
 
 
 def damage(facts: ReportFacts) -> Html:
     """The section of perplexities and divergences."""
     evaluation = facts.evaluation
     if evaluation is None or not evaluation.variants:
-        return section("damage", "What it cost", absent(*_NOT_MEASURED))
+        return section("damage", "What it cost", _not_measured(facts))
     return section(
         "damage",
         "What it cost",
@@ -42,6 +37,14 @@ def damage(facts: ReportFacts) -> Html:
         _divergences(facts, evaluation),
         _quantiles(facts, evaluation),
         _perplexities(facts, evaluation),
+    )
+
+
+def _not_measured(facts: ReportFacts) -> Html:
+    return absent(
+        f"What {facts.words.act} and quantizing cost was not measured for this bundle. ",
+        code("reap2gguf evaluate"),
+        " measures it; then make this report again.",
     )
 
 
@@ -63,14 +66,14 @@ def _how(evaluation: Evaluation) -> str:
     )
 
 
+def _explained(facts: ReportFacts, kind: Damage) -> str:
+    return _EXPLAINED[kind].replace("MODEL", facts.words.model)
+
+
 def ordered(facts: ReportFacts, evaluation: Evaluation) -> list[tuple[Damage, Comparison]]:
     """Comparisons by what lies between their variants, in the order of the record."""
     found = [(facts.damage(one), one) for one in evaluation.comparisons]
     return sorted(found, key=lambda pair: _ORDER.index(pair[0]))
-
-
-def _name(facts: ReportFacts, kind: Damage, one: Comparison) -> str:
-    return "pruned" if kind == "pruning" else facts.label(one.variant)
 
 
 def _divergences(facts: ReportFacts, evaluation: Evaluation) -> list[Html]:
@@ -85,7 +88,7 @@ def _divergences(facts: ReportFacts, evaluation: Evaluation) -> list[Html]:
         figure(
             "divergence",
             title,
-            legend([Legend(k, f"{DAMAGE_TITLES[k]}: {_EXPLAINED[k]}") for k in kinds]),
+            legend([Legend(k, f"{damage_title(facts, k)}: {_explained(facts, k)}") for k in kinds]),
             dot_rows(title, rows, scale, "nats"),
             note="Bars are one standard error. The axis is logarithmic.",
         ),
@@ -94,9 +97,9 @@ def _divergences(facts: ReportFacts, evaluation: Evaluation) -> list[Html]:
 
 
 def _mean_row(facts: ReportFacts, kind: Damage, one: Comparison) -> DotRow:
-    mean, name = one.divergence.mean, _name(facts, kind, one)
-    tip = f"{name}: {DAMAGE_TITLES[kind]}\nmean KL divergence {with_error(mean)} nats"
-    label = f"{name}, {DAMAGE_TITLES[kind]}"
+    mean, name = one.divergence.mean, facts.label(one.variant)
+    tip = f"{name}: {damage_title(facts, kind)}\nmean KL divergence {with_error(mean)} nats"
+    label = f"{name}, {damage_title(facts, kind)}"
     return DotRow(label, [Dot(mean.value, mean.error, kind, tip)], with_error(mean))
 
 
@@ -111,8 +114,8 @@ def _divergence_table(facts: ReportFacts, found: Sequence[tuple[Damage, Comparis
     ]
     rows = [
         [
-            words(_name(facts, kind, one)),
-            words(DAMAGE_TITLES[kind]),
+            words(facts.label(one.variant)),
+            words(damage_title(facts, kind)),
             measured(one.divergence.mean),
             measured(one.divergence.same_top, 100),
             measured(one.divergence.rms_probability, 100),
@@ -121,7 +124,8 @@ def _divergence_table(facts: ReportFacts, found: Sequence[tuple[Damage, Comparis
         for kind, one in found
     ]
     note = "± is one standard error, which takes scored tokens as independent of one another."
-    return table("Pruning damage and quantizing damage", columns, rows, note)
+    title = f"{facts.words.title} damage and quantizing damage"
+    return table(title, columns, rows, note)
 
 
 def _quantiles(facts: ReportFacts, evaluation: Evaluation) -> list[Html]:
@@ -130,28 +134,32 @@ def _quantiles(facts: ReportFacts, evaluation: Evaluation) -> list[Html]:
         return []
     title = "KL divergence, quantiles over tokens"
     values = [v for _, one in found for v in (*_values(one.divergence), one.divergence.maximum)]
-    rows = [
-        DotRow(
-            f"{_name(facts, kind, one)}, {DAMAGE_TITLES[kind]}",
-            [
-                Dot(value, None, kind, _quantile_tip(facts, kind, one, label, value))
-                for label, value in zip(
-                    ("median", "90 %", "99 %", "99.9 %"), _values(one.divergence), strict=True
-                )
-            ]
-            + [
-                Dot(
-                    one.divergence.maximum,
-                    None,
-                    f"{kind} hollow",
-                    _quantile_tip(facts, kind, one, "maximum", one.divergence.maximum),
-                )
-            ],
-            f"max {plain(one.divergence.maximum, 3)}",
-            is_joined=True,
-        )
-        for kind, one in found
+    rows = [_quantile_row(facts, kind, one) for kind, one in found]
+    return [
+        figure(
+            "quantiles",
+            title,
+            dot_rows(title, rows, log_scale(values), "nats"),
+            note="From left to right: median, 90 %, 99 %, 99.9 %, and the maximum as a ring.",
+        ),
+        _quantile_table(facts, found),
     ]
+
+
+def _quantile_row(facts: ReportFacts, kind: Damage, one: Comparison) -> DotRow:
+    largest = one.divergence.maximum
+    labels = ("median", "90 %", "99 %", "99.9 %")
+    dots = [
+        Dot(value, None, kind, _quantile_tip(facts, kind, one, label, value))
+        for label, value in zip(labels, _values(one.divergence), strict=True)
+    ]
+    tip = _quantile_tip(facts, kind, one, "maximum", largest)
+    dots.append(Dot(largest, None, f"{kind} hollow", tip))
+    name = f"{facts.label(one.variant)}, {damage_title(facts, kind)}"
+    return DotRow(name, dots, f"max {plain(largest, 3)}", is_joined=True)
+
+
+def _quantile_table(facts: ReportFacts, found: Sequence[tuple[Damage, Comparison]]) -> Html:
     columns = [
         Column("variant", is_number=False),
         Column("damage of", is_number=False),
@@ -160,22 +168,14 @@ def _quantiles(facts: ReportFacts, evaluation: Evaluation) -> list[Html]:
     ]
     cells = [
         [
-            words(_name(facts, kind, one)),
-            words(DAMAGE_TITLES[kind]),
+            words(facts.label(one.variant)),
+            words(damage_title(facts, kind)),
             *(measured(getattr(one.divergence, name)) for name, _ in _QUANTILES),
             number(one.divergence.maximum),
         ]
         for kind, one in found
     ]
-    return [
-        figure(
-            "quantiles",
-            title,
-            dot_rows(title, rows, log_scale(values), "nats"),
-            note="From left to right: median, 90 %, 99 %, 99.9 %, and the maximum as a ring.",
-        ),
-        table("Quantiles of the KL divergence, in nats", columns, cells),
-    ]
+    return table("Quantiles of the KL divergence, in nats", columns, cells)
 
 
 def _values(divergence: Divergence) -> list[float]:
@@ -189,7 +189,7 @@ def _quantile_tip(
         "median": "half of the tokens are at most this far",
         "maximum": "no token is farther",
     }.get(label, f"{label} of the tokens are at most this far")
-    name = f"{_name(facts, kind, one)}: {DAMAGE_TITLES[kind]}"
+    name = f"{facts.label(one.variant)}: {damage_title(facts, kind)}"
     return f"{name}\n{label}: {plain(value)} nats\n{meaning}"
 
 

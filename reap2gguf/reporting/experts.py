@@ -18,6 +18,7 @@ from reap2gguf.reporting.tables import Cell, Column, count, missing, number, tab
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import CoverageRecord
+    from reap2gguf.bundle.records import MergeRecord, PruningRecord
     from reap2gguf.reporting.facts import Counts, Doubles, ReportFacts
 
 GRID_DATA = "experts-data"
@@ -30,8 +31,7 @@ _LEAST_LOAD, _MOST_LOAD = 0.01, 100.0  # of what is drawn, times the even share
 
 def experts(facts: ReportFacts) -> Html:
     """The section of the experts."""
-    title = "Experts"
-    pruning = facts.manifest.pruning
+    title, pruning = "Experts", facts.manifest.pruning
     if not facts.is_pruned:
         why = f"Nothing was pruned: every layer keeps its {pruning.n_experts} experts."
         return section("experts", title, paragraph(why), _usage(facts))
@@ -40,9 +40,20 @@ def experts(facts: ReportFacts) -> Html:
         "experts",
         title,
         _grid(facts, scores),
-        None if scores else absent(_unknown(facts)),
+        None if scores or pruning.merge is not None else absent(_unknown(facts)),
         _kept_share(facts, scores),
         _usage(facts),
+        *_tables(facts, scores),
+    )
+
+
+def _tables(facts: ReportFacts, scores: Mapping[int, Doubles]) -> tuple[Html, ...]:
+    """How many tokens the experts were judged by, and which ones stay."""
+    pruning = facts.manifest.pruning
+    if pruning.merge is not None:
+        text = "Merged experts of every layer, as a table"
+        return (details(text, _group_table(pruning.merge)),)
+    return (
         _coverage(pruning.coverage, pruning.n_experts * len(pruning.kept)),
         details("Kept experts of every layer, as a table", _layer_table(facts, scores)),
     )
@@ -89,7 +100,8 @@ def _looks(facts: ReportFacts, scores: Mapping[int, Doubles]) -> dict[int, list[
 def _grid(facts: ReportFacts, scores: Mapping[int, Doubles]) -> Html:
     pruning = facts.manifest.pruning
     looks = _looks(facts, scores)
-    rows, title = list(looks), "Kept and dropped experts by layer"
+    gone = _gone(pruning)
+    rows, title = list(looks), f"Kept and {gone} experts by layer"
     grids = [
         (
             "by number",
@@ -116,19 +128,24 @@ def _grid(facts: ReportFacts, scores: Mapping[int, Doubles]) -> Html:
     return figure(
         "grid",
         title,
-        _grid_legend(bool(scores)),
+        _grid_legend(bool(scores), gone),
         tabs("order", grids),
         data_block(GRID_DATA, _grid_data(facts, scores)),
         note=f"{pruning.n_kept} of {pruning.n_experts} remain in each of {len(rows)} layers.",
     )
 
 
-def _grid_legend(has_scores: bool) -> Html:
+def _gone(pruning: PruningRecord) -> str:
+    """What the experts are that do not stay."""
+    return "dropped" if pruning.merge is None else "merged"
+
+
+def _grid_legend(has_scores: bool, gone: str) -> Html:
     steps = range(HEATS) if has_scores else [3]
     swatches = [
         element("li", _swatch(f"kept h{step}"), _kept_title(step, has_scores)) for step in steps
     ]
-    dropped = element("li", _swatch("dropped d2"), "dropped")
+    dropped = element("li", _swatch("dropped d2"), gone)
     return element("ul", swatches, dropped, class_="legend swatches")
 
 
@@ -153,7 +170,10 @@ def _grid_data(facts: ReportFacts, scores: Mapping[int, Doubles]) -> dict[str, A
         "layers": rows,
         "kept": ["".join("01"[e in one] for e in range(pruning.n_experts)) for one in kept],
         "method": method(facts.manifest),
+        "act": facts.words.act,
     }
+    if pruning.merge is not None:
+        values["into"] = [_into(pruning.merge, layer) for layer in rows]
     if scores:
         values["scores"] = [[float(f"{s:.4g}") for s in scores[layer].tolist()] for layer in rows]
         values["order"] = [_order(scores[layer]) for layer in rows]
@@ -162,6 +182,15 @@ def _grid_data(facts: ReportFacts, scores: Mapping[int, Doubles]) -> dict[str, A
     if after:
         values["after"] = [after[layer].tolist() if layer in after else None for layer in rows]
     return values
+
+
+def _into(merge: MergeRecord, layer: int) -> list[int] | None:
+    """By expert, the one that it was merged into; itself if it stays. None: none was merged."""
+    if layer not in merge.layers:
+        return None
+    groups = merge.layers[layer].groups
+    found = {expert: group[0] for group in groups for expert in group}
+    return [found[expert] for expert in sorted(found)]
 
 
 def _share(scores: Doubles, kept: Sequence[int]) -> float:
@@ -200,7 +229,8 @@ def _usage(facts: ReportFacts) -> Html:
             "importance matrix are beside this bundle."
         )
     title = "Use of the experts"
-    series = [("source", before, "before pruning"), ("quantizing", after, "after pruning")]
+    act = facts.words.act
+    series = [("source", before, f"before {act}"), ("quantizing", after, f"after {act}")]
     if not facts.is_pruned:
         series = [("quantizing", after or before, "all experts")]
     known = [one for one in series if one[1]]
@@ -288,6 +318,27 @@ def _coverage(found: CoverageRecord | None, n_experts: int) -> Html:
         if total:
             text += f" {total:,} of {n_experts:,} {what}, {kept:,} of these remain."
     return paragraph(text)
+
+
+def _group_table(merge: MergeRecord) -> Html:
+    """A row per expert that others were merged into, with the share of each in the average."""
+    heads = [
+        Column("layer"),
+        Column("stays"),
+        Column("experts that became it, with their shares", is_number=False),
+    ]
+    rows: list[list[Cell]] = [
+        [count(layer), count(group[0]), words(_members(group, shares))]
+        for layer, one in sorted(merge.layers.items())
+        for group, shares in zip(one.groups, one.shares, strict=True)
+        if len(group) > 1
+    ]
+    return table("Merged experts, by their numbers in the source", heads, rows)
+
+
+def _members(group: Sequence[int], shares: Sequence[float]) -> str:
+    pairs = zip(group, shares, strict=True)
+    return ", ".join(f"{expert} ({100 * share:.0f} %)" for expert, share in pairs)
 
 
 def _layer_table(facts: ReportFacts, scores: Mapping[int, Doubles]) -> Html:

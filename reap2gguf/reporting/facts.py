@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from reap2gguf.bundle.layout import IMATRIX_FILE, SUMS_FILE, folders_of
 from reap2gguf.bundle.sums import read_sums
+from reap2gguf.bundle.wording import wording
 from reap2gguf.errors import ArtifactError
 from reap2gguf.files import is_plain
 from reap2gguf.gguf_files.imatrix import load_imatrix
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
     from reap2gguf.bundle.evaluation import Comparison, Evaluation
     from reap2gguf.bundle.manifest import GgufRecord, Manifest
+    from reap2gguf.bundle.wording import Wording
 
 Counts = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]
@@ -59,6 +61,17 @@ class ReportFacts:
         return self.manifest.pruning.n_kept < self.manifest.pruning.n_experts
 
     @property
+    def is_cut(self) -> bool:
+        """Whether files have the blocks of a GGUF file as they are, without some experts."""
+        of_gguf = self.is_pruned and self.manifest.source.gguf is not None
+        return of_gguf and all(one.adopted for one in self.manifest.gguf)
+
+    @property
+    def words(self) -> Wording:
+        """What was done to the experts, in words."""
+        return wording(self.manifest.pruning)
+
+    @property
     def evaluation(self) -> Evaluation | None:
         return self.manifest.evaluation
 
@@ -77,7 +90,7 @@ class ReportFacts:
         for record in self.manifest.gguf:
             if variant in (record.file, record.first) and labels.count(record.label) == 1:
                 return record.label
-        return variant
+        return self.words.name(variant)
 
     def damage(self, comparison: Comparison) -> Damage:
         """What lies between the two variants of a comparison."""
@@ -86,7 +99,9 @@ class ReportFacts:
         kinds = [one.kind for name in names for one in variants if one.name == name]
         if kinds == ["source", "pruned"]:
             return "pruning"
-        return "both" if kinds == ["source", "gguf"] and self.is_pruned else "quantizing"
+        if kinds != ["source", "gguf"] or not self.is_pruned:
+            return "quantizing"
+        return "pruning" if self.is_cut else "both"
 
     def scores(self) -> dict[int, Doubles]:
         """The score of every expert by layer, by the bundle's own method; empty if not known.

@@ -120,10 +120,11 @@ def _kl_against_size(facts: ReportFacts) -> Html | None:
     title = "KL divergence against size"
     pruning = evaluation.divergence("pruned", "source") if facts.is_pruned else None
     heights = [one.y for one in found] + ([] if pruning is None else [pruning.mean.value])
-    entries = [Legend("both", "from the source"), Legend("quantizing", "from the pruned model")]
+    model = facts.words.model
+    entries = [Legend("both", "from the source"), Legend("quantizing", f"from the {model} model")]
     level = None
     if pruning is not None:
-        text = f"pruned, not quantized: {with_error(pruning.mean)}"
+        text = f"{model}, not quantized: {with_error(pruning.mean)}"
         level = (pruning.mean.value, text)
         entries.append(Legend("pruning", text))
     return figure(
@@ -160,7 +161,7 @@ def _points(facts: ReportFacts, evaluation: Evaluation) -> list[Point]:
             if divergence is None:
                 continue
             is_both = reference == "source" and facts.is_pruned
-            whose = "the source" if reference == "source" else "the pruned model"
+            whose = "the source" if reference == "source" else f"the {facts.words.model} model"
             tip = (
                 f"{record.label}\nfrom {whose}: {with_error(divergence.mean)} nats\n"
                 f"{size(record.n_bytes)}, "

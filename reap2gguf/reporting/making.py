@@ -16,7 +16,13 @@ from reap2gguf.bundle.layout import (
 )
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.markdown import argument, repository
-from reap2gguf.pruning.methods import GIVEN, OBSERVED, is_from_weights
+from reap2gguf.pruning.methods import (
+    GIVEN,
+    OBSERVED,
+    is_from_weights,
+    method_name,
+    observes_nothing,
+)
 from reap2gguf.reporting.html import (
     Child,
     Html,
@@ -44,6 +50,7 @@ from reap2gguf.reporting.tables import facts as facts_list
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import CalibrationRecord, ComponentRecord, ImportanceRecord
+    from reap2gguf.bundle.records import PruningRecord
     from reap2gguf.reporting.facts import ReportFacts
 
 _NOT_RECORDED = "not recorded"
@@ -70,7 +77,8 @@ def _calibration(facts: ReportFacts) -> Iterator[tuple[str, Child]]:
         yield "ranking of the experts", "by their weights alone: no text was read for it"
     else:
         if pruning.merge is not None:
-            yield "merge of the experts", f"{pruning.method}, by what they do on these texts"
+            how = method_name(pruning.method)
+            yield "merge of the experts", f"{how}, by what they do on these texts"
         yield "texts", found.spec or "not known"
         yield "rows", f"{pruning.n_rows:,}" + _dropped(pruning.n_dropped_rows)
         yield "tokens", f"{pruning.n_tokens:,}"
@@ -196,10 +204,7 @@ def _caveats(facts: ReportFacts) -> Iterator[Child]:
     for caveat in facts.manifest.caveats:
         yield f"{caveat}."
     if facts.is_pruned:
-        yield (
-            "Nothing was retrained. Experts that the calibration texts did not use are gone, so "
-            "abilities that those texts do not show may be lost more than these figures say."
-        )
+        yield _of_pruning(facts.manifest.pruning)
     evaluation = facts.evaluation
     if evaluation is None:
         yield "Quality was not measured. Bits per weight alone do not say how good a file is."
@@ -220,6 +225,28 @@ def _caveats(facts: ReportFacts) -> Iterator[Child]:
         )
     if not evaluation.tasks:
         yield "No tasks were run: how well the model follows instructions was not measured."
+
+
+def _of_pruning(pruning: PruningRecord) -> str:
+    """What was done to the weights, and what that may have lost."""
+    if pruning.merge is not None:
+        return (
+            "Nothing was trained by gradients. Experts were merged by what they did on the "
+            "calibration texts, so abilities that those texts do not show may be lost more than "
+            "these figures say."
+        )
+    trained = "Nothing was retrained."
+    if pruning.repair is not None:
+        trained = (
+            "The weights of the kept experts were fitted to the calibration texts by least "
+            "squares; nothing was trained by gradients."
+        )
+    if observes_nothing(pruning.method):
+        return f"{trained} No text decided which experts go, so any ability may be lost."
+    return (
+        f"{trained} Experts that the calibration texts did not use are gone, so abilities that "
+        "those texts do not show may be lost more than these figures say."
+    )
 
 
 def provenance(facts: ReportFacts) -> Html:
@@ -245,9 +272,11 @@ def _command(facts: ReportFacts) -> list[Html]:
     manifest = facts.manifest
     if manifest.options is None:
         return [absent("The options of the build are not recorded.")]
-    label = manifest.source.label
-    model = argument(label) if repository(label) else "MODEL"
-    note = None if repository(label) else paragraph("MODEL is the folder of ", code(label), ".")
+    source = manifest.source
+    model, note = argument(source.name), None
+    if not repository(source.label):
+        what = "MODEL is the folder of " if source.gguf is None else "MODEL is the file "
+        model, note = "MODEL", paragraph(what, code(source.name), ".")
     return [
         element("h3", "Build it again"),
         commands(f"reap2gguf build {model} --like {MANIFEST_FILE}"),

@@ -6,23 +6,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from reap2gguf.bundle.front_matter import methods_of
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.messages import parameters, size
-from reap2gguf.pruning.methods import GIVEN
+from reap2gguf.pruning.methods import done_by, method_name
 from reap2gguf.reporting.html import Child, Html, code, element, hub_link, section, together
 from reap2gguf.reporting.numbers import with_error
 from reap2gguf.reporting.tables import NOT_MEASURED
 from reap2gguf.reporting.tables import facts as facts_list
 
 if TYPE_CHECKING:
-    from reap2gguf.bundle.manifest import Manifest, MtpRecord
+    from reap2gguf.bundle.manifest import Manifest
     from reap2gguf.reporting.facts import Damage, ReportFacts
 
-DAMAGE_TITLES: dict[Damage, str] = {
-    "pruning": "pruning",
-    "quantizing": "quantizing",
-    "both": "both together",
-}
+
+def damage_title(facts: ReportFacts, damage: Damage) -> str:
+    """What a step is called: what was done to the experts, quantizing, or both."""
+    if damage == "pruning":
+        return facts.words.act
+    return {"quantizing": "quantizing", "both": "both together"}[damage]
 
 
 def head(facts: ReportFacts) -> Html:
@@ -44,15 +46,20 @@ def _sentence(facts: ReportFacts) -> Child:
         return [source, f" with all of its {pruning.n_experts} experts per layer, in {files}."]
     share = 1 - pruning.n_kept / pruning.n_experts
     kept = f"{pruning.n_kept} of {pruning.n_experts}"
-    rest = f"{method(manifest)} kept {kept} in every layer. Here in safetensors and in {files}."
-    return [source, f" without {100 * share:.3g} % of its experts: {rest}"]
+    here = f"Here in {files}." if manifest.hf is None else f"Here in safetensors and in {files}."
+    rest = f"{method(manifest)} kept {kept} in every layer"
+    if pruning.merge is not None:
+        merged = f"{kept} remain in every layer, some of them averages"
+        what = f" with {100 * share:.3g} % of its experts merged into the others by"
+        return [source, f"{what} {method(manifest)}: {merged}. {here}"]
+    if pruning.repair is not None:
+        rest += ", and their weights were repaired"
+    return [source, f" without {100 * share:.3g} % of its experts: {rest}. {here}"]
 
 
 def method(manifest: Manifest) -> str:
-    """The criterion that ranked the experts, as it is called."""
-    name = manifest.pruning.method
-    names = {"reap": "REAP", "ream": "REAM", "hc_smoe": "HC-SMoE"}
-    return {**names, GIVEN: "a given list of experts"}.get(name, name)
+    """The method that chose or merged the experts, as it is called."""
+    return method_name(manifest.pruning.method)
 
 
 def source_link(manifest: Manifest) -> Html:
@@ -76,6 +83,10 @@ def _ledger(facts: ReportFacts) -> Html:
     """Source, pruned model and first file side by side; between them what each step cost."""
     parts: list[Html] = [_stage(_source(facts))]
     first = facts.variant_of(facts.manifest.gguf[0])
+    if facts.is_pruned and facts.manifest.hf is None:  # made of a GGUF file
+        step: Damage = "pruning" if facts.is_cut else "both"
+        parts += [_step(facts, step, "source", first), _stage(_file(facts))]
+        return element("div", parts, class_="ledger")
     if facts.is_pruned:
         parts += [_step(facts, "pruning", "source", "pruned"), _stage(_pruned(facts))]
     before = "pruned" if facts.is_pruned else "source"
@@ -106,7 +117,7 @@ def _step(facts: ReportFacts, damage: Damage, reference: str, variant: str | Non
             element("span", "same top token", class_="what"),
             element("strong", with_error(found.same_top, 100, " %")),
         ]
-    name = element("span", DAMAGE_TITLES[damage], class_="step-name")
+    name = element("span", damage_title(facts, damage), class_="step-name")
     return element("div", name, cost, class_=f"step {damage}")
 
 
@@ -136,7 +147,7 @@ def _source(facts: ReportFacts) -> _Stage:
 def _pruned(facts: ReportFacts) -> _Stage:
     manifest = facts.manifest
     return _Stage(
-        "Pruned",
+        facts.words.model.capitalize(),
         "safetensors",
         (
             ("parameters", parameters(manifest.n_parameters)),
@@ -172,20 +183,25 @@ def _numbers(facts: ReportFacts) -> Iterator[tuple[str, Child]]:
     yield "parameters", f"{manifest.n_parameters:,} of {source.n_parameters:,}"
     how = "pruned by" if pruning.merge is None else "merged by"
     yield how, "nothing was pruned" if pruning.method == NO_METHOD else method(manifest)
+    if pruning.repair is not None:
+        yield "repair", f"{pruning.repair.kind}, fitted on {pruning.repair.n_fitted:,} tokens"
     if pruning.mtp.state != "none":
-        yield "multi-token prediction (MTP)", _mtp(pruning.mtp)
+        yield "multi-token prediction (MTP)", _mtp(facts)
     if source.earlier is not None:
         earlier = source.earlier
         before = f"{earlier.label} had {earlier.n_experts} experts per layer"
-        text = f"the source is itself a pruned model: {before}, of which {pruning.n_kept} remain"
-        yield "pruned before", text
+        text = f"the source is itself a {done_by(earlier.methods)} model: {before}"
+        all_own = done_by(methods_of(pruning.method, earlier)) == "pruned"
+        left = "of which" if all_own else "in place of which"
+        yield f"{done_by(earlier.methods)} before", f"{text}, {left} {pruning.n_kept} remain"
     yield "checks", str(manifest.verification.get("summary", "not run"))
 
 
-def _mtp(mtp: MtpRecord) -> str:
+def _mtp(facts: ReportFacts) -> str:
+    mtp = facts.manifest.pruning.mtp
     if not mtp.n_tokens:
         return mtp.state
     before, after = mtp.hits_before / mtp.n_tokens, mtp.hits_after / mtp.n_tokens
     if mtp.state == "kept":
         return f"kept; top-1 accuracy {after:.1%}"
-    return f"{mtp.state}; top-1 accuracy {before:.1%} before pruning, {after:.1%} after"
+    return f"{mtp.state}; top-1 accuracy {before:.1%} before {facts.words.act}, {after:.1%} after"

@@ -69,7 +69,10 @@ def _hub(manifest: Manifest) -> Html:
 
 def _safetensors(manifest: Manifest) -> list[Html]:
     if manifest.hf is None:
-        return [paragraph("The safetensors are those of the source: nothing was pruned.")]
+        why = "The safetensors are those of the source: nothing was pruned."
+        if manifest.source.gguf is not None:
+            why = "There are none: the source is a GGUF file, and its experts were cut there."
+        return [paragraph(why)]
     name = manifest.name
     model, reader = classes_for_all(manifest.source.architecture, bool(manifest.side_files))
     return [

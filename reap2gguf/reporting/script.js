@@ -116,12 +116,16 @@
   const cellText = (found, row, column, isRanked) => {
     const expert = isRanked ? found.order[row][column] : column;
     const isKept = found.kept[row][expert] === "1";
-    const lines = [`Layer ${found.layers[row]}, expert ${expert}: ${isKept ? "kept" : "dropped"}`];
+    const into = found.into && found.into[row];
+    const gone = into ? `merged into expert ${into[expert]}` : "dropped";
+    const lines = [`Layer ${found.layers[row]}, expert ${expert}: ${isKept ? "kept" : gone}`];
+    const members = into && isKept ? into.filter((one) => one === expert).length : 1;
+    if (members > 1) lines.push(`${members - 1} more merged into it`);
     if (found.scores) {
       const rank = isRanked ? column : found.order[row].indexOf(expert);
       lines.push(`${found.method} score ${found.scores[row][expert]}, rank ${rank + 1} of ${found.kept[row].length}`);
     }
-    if (found.before) lines.push(`${found.before[row][expert].toLocaleString("en")} tokens before pruning`);
+    if (found.before) lines.push(`${found.before[row][expert].toLocaleString("en")} tokens before ${found.act}`);
     if (isKept && found.after && found.after[row]) {
       const place = [...found.kept[row].slice(0, expert)].filter((one) => one === "1").length;
       lines.push(`${found.after[row][place].toLocaleString("en")} tokens after, as expert ${place}`);

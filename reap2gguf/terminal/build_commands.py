@@ -124,7 +124,8 @@ def _build_logged(plan: Plan, progress: Progress, as_json: bool) -> None:
 
 def _say_plan(plan: Plan, as_json: bool, with_tensors: bool = False) -> None:
     """Print a plan, and what it needs of this machine."""
-    from reap2gguf.terminal.plan_views import plan_as_json, plan_lines
+    from reap2gguf.terminal.plan_json import plan_as_json
+    from reap2gguf.terminal.plan_views import plan_lines
 
     needs = reap2gguf.estimate(plan)
     if as_json:

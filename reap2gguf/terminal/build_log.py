@@ -35,7 +35,7 @@ class BuildLog:
     """Lines with date and time, written as they come; threads may share it.
 
     They wait until the build has made its work folder: a build that is refused leaves nothing
-    behind. A log that cannot be written is given up, and the build goes on.
+    behind. A log that cannot be written is given up, and the build continues.
     """
 
     def __init__(self, path: Path) -> None:
@@ -104,7 +104,7 @@ class BuildLog:
                 self._file = None
 
     def _open(self) -> int:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):  # the first build of this name
             if self.path.lstat().st_size > MOST_BYTES:
                 rename(self.path, self.path.with_name(f"{self.path.name}.1"))
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK

@@ -9,6 +9,7 @@ import reap2gguf
 from reap2gguf.choosing.lines import choice_lines
 from reap2gguf.messages import duration
 from reap2gguf.options import CalibrationOptions
+from reap2gguf.pruning.methods import GROUP_SIZE
 from reap2gguf.terminal.click_options import (
     calibration_options,
     follow_links_option,
@@ -18,7 +19,7 @@ from reap2gguf.terminal.click_options import (
 )
 from reap2gguf.terminal.compute_options import collect_compute, compute_options, threads_option
 from reap2gguf.terminal.console import say, say_all, say_json, terminal_progress
-from reap2gguf.terminal.help import CALIBRATION, WRITE, command, option
+from reap2gguf.terminal.help import CALIBRATION, PRUNE, WRITE, Number, command, option
 from reap2gguf.terminal.option_types import FilePath
 from reap2gguf.terminal.pruning_options import (
     candidates_option,
@@ -33,6 +34,14 @@ from reap2gguf.terminal.pruning_options import (
 @model_argument()
 @count_options
 @candidates_option
+@option(
+    "--group-size",
+    section=PRUNE,
+    type=Number(2),
+    metavar="N",
+    help="With the candidate ream, how many experts may become one.",
+    default_text=str(GROUP_SIZE),
+)
 @choose_text_option
 @protect_options
 @mtp_option
@@ -69,15 +78,21 @@ def choose(
     rows, among those that are not worse on the other text than the best one there, by more than two
     standard errors. Nothing is pruned: `reap2gguf build --method auto` does that too.
 
+    `ream` and `hc_smoe` among the --candidates merge experts in place of removing them. Each is
+    made in a pass of its own, in which every expert computes every token, and measured with the
+    rest.
+
     \b
     Example:
       reap2gguf choose ./Qwen3-30B-A3B --compression 0.5 --calibration text.txt
       reap2gguf choose ./Qwen3-30B-A3B --compression 0.25 --candidates reap,weighted_ean_sum \\
           --observations observations.safetensors -o choice.json
+      reap2gguf choose ./Qwen3-30B-A3B --compression 0.25 --samples 64 \\
+          --candidates reap,weighted_ean_sum,ream,hc_smoe,best+repair
     """
     taken = (
         *("keep_experts", "compression", "candidates", "observations", "mtp", "follow_links"),
-        *("protect", "protect_super_experts"),
+        *("protect", "protect_super_experts", "group_size"),
     )
     found = reap2gguf.choose(
         model,
@@ -93,4 +108,4 @@ def choose(
         return
     say_all(choice_lines(found.record, found.seconds))
     observing, measuring = (duration(found.seconds[one]) for one in ("observing", "measuring"))
-    say(f"cost: {observing} to observe, {measuring} to measure and repair candidates", "result")
+    say(f"cost: {observing} to observe, {measuring} to make and measure candidates", "result")

@@ -11,6 +11,7 @@ from reap2gguf.terminal.task_views import task_lines
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.evaluation import Divergence, Estimate, Evaluation, Speed
+    from reap2gguf.bundle.wording import Wording
 
 _WITHOUT_EXPONENT = 1e9
 
@@ -44,16 +45,19 @@ def evaluation_lines(evaluation: Evaluation, width: int | None = None) -> Iterat
         yield from map(str, evaluation.smoke_tests)
 
 
-def quality_lines(evaluation: Evaluation) -> Iterator[str]:
-    """A short line per variant: its perplexity, and its divergence from what it was made of."""
+def quality_lines(evaluation: Evaluation, words: Wording) -> Iterator[str]:
+    """A short line per variant: its perplexity, and its divergence from what it was made of.
+
+    `words` say what was done to the experts.
+    """
     for one in evaluation.variants:
         apart = [
-            f"{divergence.mean.value:.4f} from {reference}"
+            f"{divergence.mean.value:.4f} from {words.name(reference)}"
             for reference in ("source", "pruned")
             if (divergence := evaluation.divergence(one.name, reference)) is not None
         ]
         means = f", mean KL {', '.join(apart)}" if apart else ""
-        yield f"{one.name}: perplexity {figure(one.perplexity, 2)}{means}"
+        yield f"{words.name(one.name)}: perplexity {figure(one.perplexity, 2)}{means}"
 
 
 def text_line(evaluation: Evaluation) -> str:

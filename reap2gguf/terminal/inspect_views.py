@@ -8,14 +8,19 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reap2gguf.bundle.manifest import NO_METHOD
+from reap2gguf.bundle.markdown import ranges
 from reap2gguf.gguf_files.imatrix_statistics import ImatrixInspection
 from reap2gguf.gguf_source.inspection import GgufInspection
 from reap2gguf.messages import one_line, quantity, size
 from reap2gguf.pruning.coverage import observed_notes
 from reap2gguf.pruning.inspection import BundleInspection, ObservationsInspection
+from reap2gguf.pruning.methods import GIVEN, merges, method_name
+
+if TYPE_CHECKING:
+    from reap2gguf.bundle.records import MergeRecord
 
 Inspection = ObservationsInspection | BundleInspection | ImatrixInspection | GgufInspection
 _COLUMNS = 80
@@ -90,10 +95,12 @@ def _gguf_lines(found: GgufInspection) -> Iterator[str]:
         f"{found.experts_per_token} active per token"
     )
     if found.kept and found.source_experts is not None:
-        yield one_line(
-            f"keeps {found.n_experts} of {found.source_experts} experts of {found.source}, "
-            f"chosen by {found.method}"
-        )
+        of = f"{found.n_experts} of {found.source_experts} experts of {found.source}"
+        if found.method is not None and merges(found.method):
+            by = f"has {of}: the others were merged into them by {method_name(found.method)}"
+            yield one_line(by)
+        else:
+            yield one_line(f"keeps {of}, chosen by {found.method}")
     yield ""
     yield f"{'type':>8} {'tensors':>8} {'size':>12}"
     for one in found.types:
@@ -106,10 +113,14 @@ def _bundle_lines(found: BundleInspection) -> Iterator[str]:
     if pruning.method == NO_METHOD:
         yield f"keeps all {pruning.n_experts} experts of each of {len(found.layers)} layers"
         return
-    yield (
-        f"keeps {pruning.n_kept} of {pruning.n_experts} experts in each of {len(found.layers)} "
-        f"layers, ranked by {pruning.method}"
-    )
+    has = f"{pruning.n_kept} of {pruning.n_experts} experts in each of {len(found.layers)} layers"
+    if pruning.merge is not None:
+        yield from _merge_lines(pruning.merge, has)
+        return
+    by = f"ranked by {pruning.method}" if pruning.method != GIVEN else "named in a list"
+    if pruning.repair is not None:
+        by += f", and repaired ({pruning.repair.kind})"
+    yield f"keeps {has}, {by}"
     yield f"calibration: {pruning.n_rows:,} rows, {pruning.n_tokens:,} tokens"
     if found.observations is None:
         if pruning.coverage is not None:
@@ -137,6 +148,20 @@ def _bundle_lines(found: BundleInspection) -> Iterator[str]:
     yield f"{'mean':>6} {pruning.n_kept:>6} {n_unseen:>12} {100 * mean:>6.1f}%{_bar(mean, width)}"
     yield ""
     yield f"scores: share of the sum of scores ({found.method}) that the kept experts have"
+
+
+def _merge_lines(merge: MergeRecord, has: str) -> Iterator[str]:
+    """Which experts became one, layer by layer: the one that stays, and those merged into it."""
+    yield f"has {has}: the others were merged into them by {method_name(merge.method)}"
+    yield f"calibration: {merge.n_rows:,} rows, {merge.n_tokens:,} tokens"
+    yield ""
+    yield f"{'layer':>6}  experts that became one, by their numbers in the source"
+    for layer, one in sorted(merge.layers.items()):
+        groups = (group for group in one.groups if len(group) > 1)
+        text = "; ".join(f"{group[0]} <- {ranges(group[1:])}" for group in groups) or "none"
+        first, *more = textwrap.wrap(text, _COLUMNS - 8)
+        yield f"{layer:>6}  {first}"
+        yield from (f"{'':8}{line}" for line in more)
 
 
 def _imatrix_lines(found: ImatrixInspection, title: str) -> Iterator[str]:
@@ -229,6 +254,8 @@ def as_values(found: Inspection) -> dict[str, Any]:
             "layers": [
                 {**asdict(one), "kept": list(pruning.kept[one.layer])} for one in found.layers
             ],
+            "repair": None if pruning.repair is None else asdict(pruning.repair),
+            "merge": None if pruning.merge is None else asdict(pruning.merge),
         }
     seen = found.observations
     return {

@@ -368,8 +368,8 @@ def _follow(hub: HubJobs, job_id: str) -> None:
         job = hub.wait(job_id)
     except KeyboardInterrupt:
         say(
-            f"Stopped following; the job goes on. Follow: reap2gguf jobs logs {job_id}; end it: "
-            f"reap2gguf jobs cancel {job_id}",
+            f"Stopped following; the job keeps running. Follow: reap2gguf jobs logs {job_id}; "
+            f"end it: reap2gguf jobs cancel {job_id}",
             "error",
         )
         sys.exit(130)

@@ -246,7 +246,7 @@ def _pick(bundle: Path, wanted: str | None) -> ModelFile:
 def _say_what_loads(path: Path, program: Path) -> None:
     """Say so where only a program of ik_llama.cpp loads a file: this one may be llama.cpp's.
 
-    Raises ArtifactError if it is no GGUF file.
+    Raises ArtifactError if it is not a GGUF file.
     """
     from reap2gguf.gguf_files.reader import read_gguf_header
     from reap2gguf.local.header_check import ik_types

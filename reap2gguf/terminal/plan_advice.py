@@ -13,6 +13,7 @@ from reap2gguf.building.needs.scoring import CHUNK
 from reap2gguf.gguf_files.activation_statistics import expert_hits_of
 from reap2gguf.gguf_files.imatrix_coverage import FEW, hits_line
 from reap2gguf.pruning.select import friendly_count, fused_counts, is_fused
+from reap2gguf.quantizing.source_blocks import blocks_line
 
 if TYPE_CHECKING:
     from reap2gguf.building.needs.estimate import Estimate, KnownCoverage
@@ -66,7 +67,7 @@ def odd_row_lines(recipe: ResolvedRecipe) -> Iterator[str]:
     """The types that tensors get since their rows do not fill the blocks of the one meant."""
     groups: dict[tuple[int, str, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for entry in recipe.table:
-        if entry.wanted is not None and not entry.is_copied:
+        if entry.wanted is not None and not entry.is_as_stored:
             name = re.sub(r"^blk\.\d+\.", "", entry.tensor.name).removesuffix(".weight")
             key = entry.tensor.n_columns, entry.tensor_type.name, entry.wanted.name
             groups[key][name] += 1
@@ -82,8 +83,11 @@ def odd_row_lines(recipe: ResolvedRecipe) -> Iterator[str]:
 
 def copied_lines(recipe: ResolvedRecipe) -> Iterator[str]:
     """How many tensors of a file hold the checkpoint's own blocks, if any do."""
-    copied = [entry for entry in recipe.table if entry.is_copied]
-    if not copied:
+    of_source = blocks_line(recipe)
+    if of_source:
+        yield of_source
+    copied = [entry for entry in recipe.table if entry.is_as_stored]
+    if not copied or recipe.n_sliced == len(recipe.table):
         return
     kept = copied[0].tensor_type.name
     others = sorted({entry.wanted.name for entry in copied if entry.wanted is not None})

@@ -1,4 +1,4 @@
-"""A plan as text and as JSON: short, with the summary last, so that 24 lines show what counts."""
+"""A plan as text: short, with the summary last, so that 24 lines show what counts."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from reap2gguf.building.needs.disk import side_bytes
-from reap2gguf.building.needs.rented import GPUS, H100
+from reap2gguf.building.needs.rented import H100
 from reap2gguf.calibration.spec import DEFAULT_MIX
-from reap2gguf.exporting.quantizers import Quantizers, quantizers_of
+from reap2gguf.exporting.quantizers import quantizers_of
 from reap2gguf.gguf_files.imatrix_coverage import FEW
 from reap2gguf.messages import duration, quantity, size
 from reap2gguf.pruning.methods import done_by
-from reap2gguf.pruning.select import friendly_count, is_fused
 from reap2gguf.terminal.imatrix_views import expert_lines
 from reap2gguf.terminal.plan_advice import (
     choice_lines,
     copied_lines,
-    coverage_as_json,
     coverage_lines,
     covered_experts,
     expert_count_lines,
@@ -32,7 +29,6 @@ from reap2gguf.terminal.target_views import (
     kept_lines,
     remaining_line,
     sized_lines,
-    target_as_json,
     waiting_lines,
 )
 
@@ -53,11 +49,8 @@ def plan_lines(plan: Plan, needs: Estimate, with_tensors: bool = False) -> Itera
 
     `with_tensors`: the type of every kind of tensor, too.
     """
-    return _lines(plan, needs, with_tensors, _quantizers(plan).line, with_coverage=True)
-
-
-def _quantizers(plan: Plan) -> Quantizers:
-    return quantizers_of(plan.recipes, plan.weighted, plan.options.compute.device)
+    quantizers = quantizers_of(plan.recipes, plan.weighted, plan.options.compute.device)
+    return _lines(plan, needs, with_tensors, quantizers.line, with_coverage=True)
 
 
 def _lines(
@@ -181,7 +174,8 @@ def _files(plan: Plan, with_tensors: bool) -> Iterator[str]:
         most = "up to " if plan.weighs else ""
         yield f"  {plan.name}/  {most}{size(plan.hf_bytes)} of safetensors"
     for recipe in plan.recipes:
-        yield f"  {plan.gguf_name(recipe)}  {size(recipe.n_bytes)}"
+        parts = f" in {n} parts" if (n := len(sizes := plan.file_sizes(recipe))) > 1 else ""
+        yield f"  {plan.gguf_name(recipe)}  {size(sum(sizes))}{parts}"
         if plan.sized is not None and recipe is plan.recipes[-1]:
             for line in sized_lines(plan.sized, recipe):
                 yield from _wrapped(line, "    ")
@@ -296,123 +290,3 @@ def _time(needs: Estimate) -> str:
     if needs.machine.gpu is None and needs.seconds > 3600:
         line += f"; on an {H100} about {duration(needs.rented(H100).seconds)}"
     return line
-
-
-def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
-    """A plan for programs: everything that `plan_lines` prints, and the whole type table."""
-    facts = plan.model.facts
-    return {
-        "name": plan.name,
-        "source": plan.source.label,
-        "revision": plan.source.revision,
-        "unfetched_bytes": plan.checkpoint.unfetched_bytes,
-        "architecture": facts.architecture,
-        "experts": {
-            "source": facts.n_experts,
-            "kept": plan.target.n_kept,
-            "weighed": list(plan.counts) if plan.weighs else None,
-            "per_token": facts.experts_per_token,
-            "layers": len(facts.moe_layers),
-            "friendly": friendly_count(plan.target, facts.experts_per_token),
-            "groups": facts.n_groups,
-            "fused_top_k": facts.n_groups == 1 and is_fused(plan.target.n_kept),
-        },
-        "original": None
-        if plan.history is None
-        else {"source": plan.history.label, "experts": plan.history.n_experts},
-        "mtp": plan.mtp,
-        "caveats": list(plan.caveats),
-        "warnings": plan.warnings,
-        "observations": None if plan.observations is None else plan.observations.file,
-        "imatrix_from": plan.options.imatrix_from,
-        "imatrix": None if plan.imatrix is None else plan.imatrix.file,
-        "imatrix_coverage": None if plan.imatrix is None else asdict(plan.imatrix.coverage),
-        "coverage": coverage_as_json(needs.reused.coverage),
-        "calibration": {
-            "spec": plan.calibration.label,
-            "rows": needs.amount.n_rows,
-            "tokens": needs.amount.n_tokens,
-            "known": needs.amount.known,
-            "max_length": plan.max_length,
-            "pack": plan.calibration.pack,
-        },
-        "scored_chunks": needs.n_scored_chunks,
-        "side_files": [plan.side_name(side) for side in plan.side_files],
-        "parameters": {"source": plan.checkpoint.n_parameters, "kept": plan.n_parameters},
-        "safetensors_bytes": plan.hf_bytes,
-        "target": target_as_json(plan),
-        "files": [
-            {
-                "file": plan.gguf_name(recipe),
-                "recipe": recipe.name,
-                "file_type": recipe.file_type,
-                "bytes": recipe.n_bytes,
-                "bits_per_weight": round(recipe.bits_per_weight, 4),
-                "tensors": {
-                    name: tensor_type.name for name, tensor_type in recipe.tensor_types().items()
-                },
-                "fallbacks": {
-                    entry.tensor.name: entry.wanted.name for entry in recipe.table if entry.wanted
-                },
-            }
-            for recipe in plan.recipes
-        ],
-        "quantizers": _quantizers_as_json(plan),
-        "machine": _machine_as_json(needs),
-        "estimate": _estimate_as_json(needs),
-        "reused": list(needs.reused.stages),
-        "fits": needs.fits,
-        "problems": list(needs.problems),
-        "advice": list(needs.advice),
-        "rented": [_rented_as_json(name, needs.rented(name)) for name in GPUS],
-    }
-
-
-def _quantizers_as_json(plan: Plan) -> dict[str, Any]:
-    found = _quantizers(plan)
-    return {
-        "kernels": found.target or None,
-        "problem": found.problem or None,
-        "on_gpu": list(found.on_gpu),
-        "by_kernels": list(found.by_kernels),
-        "by_libggml": list(found.by_libggml),
-    }
-
-
-def _machine_as_json(needs: Estimate) -> dict[str, Any]:
-    machine = needs.machine
-    gpu = machine.gpu if needs.has_device else None
-    return {
-        "device": machine.device,
-        "gpu": gpu and gpu.name,
-        "gpu_memory_bytes": gpu and gpu.n_bytes,
-        "memory_bytes": machine.memory_bytes,
-        "memory_free_bytes": machine.memory_free_bytes,
-        "disk_free_bytes": machine.disk_free_bytes,
-        "cores": machine.cores,
-    }
-
-
-def _estimate_as_json(needs: Estimate) -> dict[str, Any]:
-    return {
-        "disk_bytes": needs.disk_bytes,
-        "work_bytes": needs.work_bytes,
-        "disk_peak_bytes": needs.peak_bytes,
-        "memory_bytes": needs.memory_bytes,
-        "gpu_memory_bytes": needs.gpu_memory_bytes,
-        "seconds": round(needs.seconds, 1),
-        "stages": {name: round(seconds, 2) for name, seconds in needs.stages.items()},
-        "hidden_states": {"bytes": needs.sweeps.hidden_bytes, "where": needs.hidden_where},
-    }
-
-
-def _rented_as_json(name: str, needs: Estimate) -> dict[str, Any]:
-    """A machine to rent: at least this much memory and disk, downloaded weights included."""
-    return {
-        "gpu": name,
-        "gpu_memory_bytes": needs.gpu_memory_bytes,
-        "memory_bytes": needs.memory_bytes,
-        "disk_bytes": needs.peak_bytes + needs.plan.checkpoint.n_stored_bytes,
-        "seconds": round(needs.seconds, 1),
-        "fits": needs.fits,
-    }

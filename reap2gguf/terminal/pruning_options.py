@@ -138,7 +138,8 @@ candidates_option = option(
     "--candidates",
     section=PRUNE,
     metavar="NAME,...",
-    help="Criteria that are measured, with commas, or all of them.",
+    help="Methods that are measured, with commas: criteria and best+repair, or all of these. "
+    "`choose` measures ream and hc_smoe too, if they are named.",
     default_text=",".join(CANDIDATES),
 )
 

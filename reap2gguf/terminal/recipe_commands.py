@@ -108,30 +108,44 @@ def recipes_show(
       reap2gguf recipes show unsloth-iq4km ./Qwen3-30B-A3B
       reap2gguf recipes show Q4_K_M Qwen/Qwen3-30B-A3B --set experts.down=q6_k
     """
-    import reap2gguf
-    from reap2gguf.quantizing.overrides import read_overrides
-    from reap2gguf.quantizing.recipe import load_recipe
-    from reap2gguf.terminal import recipe_views
-
     if as_toml and as_json:
         raise click.UsageError("--toml and --json exclude each other")
     if model is not None and as_toml:
         raise click.UsageError("--toml prints the recipe alone; leave MODEL out")
     if model is None and unweighted:
         raise click.UsageError("--no-imatrix is about the types of a model; pass MODEL")
-    if model is not None:
-        table = reap2gguf.recipe_table(
-            name,
-            model,
-            tensor_types=tensor_types,
-            weighted=not unweighted,
-            progress=terminal_progress(),
-        )
-        if as_json:
-            say_json(recipe_views.table_as_json(table))
-        else:
-            say_all(recipe_views.table_lines(table))
-        return
+    if model is None:
+        _say_rules(name, tensor_types, as_toml, as_json)
+    else:
+        _say_types(name, model, tensor_types, unweighted, as_json)
+
+
+def _say_types(
+    name: str, model: str, tensor_types: tuple[str, ...], unweighted: bool, as_json: bool
+) -> None:
+    """Print what a recipe gives a model."""
+    import reap2gguf
+    from reap2gguf.terminal import recipe_views
+
+    table = reap2gguf.recipe_table(
+        name,
+        model,
+        tensor_types=tensor_types,
+        weighted=not unweighted,
+        progress=terminal_progress(),
+    )
+    if as_json:
+        say_json(recipe_views.table_as_json(table))
+    else:
+        say_all(recipe_views.table_lines(table))
+
+
+def _say_rules(name: str, tensor_types: tuple[str, ...], as_toml: bool, as_json: bool) -> None:
+    """Print the rules of a recipe."""
+    from reap2gguf.quantizing.overrides import read_overrides
+    from reap2gguf.quantizing.recipe import load_recipe
+    from reap2gguf.terminal import recipe_views
+
     recipe = load_recipe(name).with_overrides(read_overrides(tensor_types))
     if as_toml:
         # each line is made safe: a comment of a file may hold what moves the cursor

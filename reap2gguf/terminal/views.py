@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from reap2gguf.bundle.wording import wording
 from reap2gguf.messages import shell_word, size
 from reap2gguf.terminal.evaluate_views import quality_lines
 
@@ -33,10 +34,10 @@ def result_lines(result: BuildResult) -> Iterable[str]:
             again = f"  (beside {beside})"
         peak = size(stage.peak_bytes)
         yield f"  {stage.name:<8} {stage.seconds:>8.1f} s   peak memory so far {peak}{again}"
-    mtp = manifest.pruning.mtp
+    mtp, words = manifest.pruning.mtp, wording(manifest.pruning)
     if mtp.n_tokens and mtp.state == "pruned":
         yield (
-            f"  MTP head top-1 accuracy: {mtp.hits_before / mtp.n_tokens:.1%} before pruning, "
+            f"  MTP head top-1 accuracy: {mtp.hits_before / mtp.n_tokens:.1%} before {words.act}, "
             f"{mtp.hits_after / mtp.n_tokens:.1%} after"
         )
     yield ""
@@ -51,7 +52,7 @@ def result_lines(result: BuildResult) -> Iterable[str]:
         yield f"  method    {choice.chosen}, the best of {len(choice.candidates)} measured"
         yield ""
     if manifest.evaluation is not None and manifest.evaluation.variants:
-        for line in quality_lines(manifest.evaluation):
+        for line in quality_lines(manifest.evaluation, words):
             yield f"  quality   {line}"
         yield ""
     if manifest.hf is not None:

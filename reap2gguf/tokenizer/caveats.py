@@ -36,6 +36,12 @@ BOS_CAVEAT = (
     "tokenizer.json puts no <bos> before a text and leaves that to chat templates; llama.cpp puts "
     "it before every text, and so do calibration and evaluation"
 )
+NO_BOS_CAVEAT = (
+    "tokenizer_config.json asks for bos_token before each text and tokenizer.json puts none there; "
+    "transformers 5, llama.cpp's converter, calibration and GGUF follow tokenizer.json, and chat "
+    "templates write it; for other texts start llama.cpp's programs with --override-kv "
+    "tokenizer.ggml.add_bos_token=bool:true"
+)
 RANKS_CAVEAT = (
     f"the tokenizer is a {RANKS_FILE}, which transformers reads with Python code of the source: "
     "copy its tokenization_*.py into the pruned checkpoint to load the tokenizer there"
@@ -80,44 +86,66 @@ def tokenizer_caveats(
     cannot be read.
     """
     if isinstance(vocabulary, SpmVocabulary):
-        return (*_spm_caveats(vocabulary), *_end_caveats(folder, vocabulary.tokens, ends))
-    if isinstance(vocabulary, GemmaVocabulary):
-        where = tokenizer_path(folder)
-        puts_bos = bool(added_by_post_processor(read_tokenizer_json(folder), where))
-        first = () if puts_bos else (BOS_CAVEAT,)
-        return (*first, *_end_caveats(folder, vocabulary.tokens, ends))
-    found = [NFC_CAVEAT] if vocabulary.normalizes else []
+        found = _spm_caveats(vocabulary)
+    elif isinstance(vocabulary, GemmaVocabulary):
+        found = _gemma_caveats(folder)
+    else:
+        found = _bpe_caveats(folder, pre, vocabulary)
+    return (*found, *_end_caveats(folder, vocabulary.tokens, ends))
+
+
+def _gemma_caveats(folder: Path) -> Iterator[str]:
+    if not added_by_post_processor(read_tokenizer_json(folder), tokenizer_path(folder)):
+        yield BOS_CAVEAT
+
+
+def _bpe_caveats(folder: Path, pre: str, vocabulary: Vocabulary) -> Iterator[str]:
+    if vocabulary.normalizes:
+        yield NFC_CAVEAT
     if (differs := PRE_TOKENIZERS[pre].differs) is not None:
-        found.append(differs)
+        yield differs
         if unreached := len(vocabulary.unreached):
-            found.append(
+            yield (
                 f"no merge leads to {unreached:,} tokens of the vocabulary, so llama.cpp never "
                 "makes them: a word that is such a token gets other ids there"
             )
     if vocabulary.overlap is not None:
-        found.append(
-            "added tokens such as {} and {} can overlap in a text, of which transformers takes the "
-            "first and llama.cpp the longest: no chat template writes them so".format(
-                *map(shown, vocabulary.overlap)
-            )
+        first, second = map(shown, vocabulary.overlap)
+        yield (
+            f"added tokens such as {first} and {second} can overlap in a text, of which "
+            "transformers takes the first and llama.cpp the longest: no chat template writes "
+            "them so"
         )
     if pre == "glm4" and _puts_two_tokens(folder):
-        found.append(PREFIX_CAVEAT)
+        yield PREFIX_CAVEAT
     if tokenizer_path(folder).name == RANKS_FILE:
-        found.append(RANKS_CAVEAT)
-        return (*found, *_end_caveats(folder, vocabulary.tokens, ends))
+        yield RANKS_CAVEAT
+        return  # no class of transformers is built from it
     if vocabulary.hides_ordinary:
-        found.append(ORDINARY_CAVEAT)
+        yield ORDINARY_CAVEAT
+    if _asks_for_bos_in_vain(folder):
+        yield NO_BOS_CAVEAT
+    yield from _class_caveats(folder, pre)
+
+
+def _class_caveats(folder: Path, pre: str) -> Iterator[str]:
+    """Where the class that transformers loads splits text in another way than tokenizer.json."""
     name = _class_in_transformers(read_optional(folder, "config.json"), folder)
     own = _OWN_SPLITTING.get(name)
     how = f"like {own}" if own else "in a way that is not known here"
     if name not in _AS_THE_FILE and own != pre:
-        found.append(
+        yield (
             f"transformers 5 loads the tokenizer as {name}, which splits text {how}, but "
             f"tokenizer.json splits it like {pre}; calibration and GGUF follow tokenizer.json; if "
             "that was saved by mistake, use the one of the base model"
         )
-    return (*found, *_end_caveats(folder, vocabulary.tokens, ends))
+
+
+def _asks_for_bos_in_vain(folder: Path) -> bool:
+    settings = read_optional(folder, "tokenizer_config.json")
+    if settings.get("add_bos_token") is not True or settings.get("bos_token") is None:
+        return False
+    return not added_by_post_processor(read_tokenizer_json(folder), tokenizer_path(folder))
 
 
 def _puts_two_tokens(folder: Path) -> bool:

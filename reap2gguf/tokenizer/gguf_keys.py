@@ -58,39 +58,20 @@ def add_tokenizer(
     config = read_optional(folder, "tokenizer_config.json")
     pre, vocabulary = _read(tokenizer, folder, config, vocab_size, family)
     before = added_by_post_processor(tokenizer, path, family.prefix)
-    is_spm = isinstance(vocabulary, SpmVocabulary)
     puts_space = isinstance(vocabulary, SpmVocabulary) and vocabulary.space_prefix
     if has_file:  # else it is made of the files beside it
         check_files_beside(folder, vocabulary.added, puts_space)
     templates = loaded_templates(folder)
     _check_config_ids(folder)
-    if family.space_prefix and isinstance(config.get("add_prefix_space"), bool):
-        writer.add_add_space_prefix(config["add_prefix_space"])
-    elif is_spm and not puts_space:  # which llama.cpp does where no key says otherwise
-        writer.add_add_space_prefix(False)
-    is_gemma = isinstance(vocabulary, GemmaVocabulary)
-    writer.add_tokenizer_model("llama" if is_spm else GEMMA if is_gemma else "gpt2")
-    if not is_gemma:
-        writer.add_tokenizer_pre(pre)
+    _add_kind(writer, pre, vocabulary, config if family.space_prefix else {})
     _add_tokens(writer, vocabulary, has_file)
     try:
+        merges = has_file and not isinstance(vocabulary, SpmVocabulary)
         # gguf-py knows where merges and special ids are stored; it prefers other chat templates
-        special = SpecialVocab(folder, load_merges=has_file and not is_spm, n_vocab=vocab_size)
-        special.chat_template = templates if isinstance(templates, str) else None
-        if isinstance(templates, dict):
-            # sorted, as gguf-py takes the names in the order of a set, which is no fixed order
-            special.chat_template = [
-                {"name": name, "template": text} for name, text in sorted(templates.items())
-            ]
-        if has_step(tokenizer, "ByteLevel"):
-            # as later versions of gguf-py, and transformers 5, which do not follow add_bos_token
-            has_template = has_step(tokenizer, "TemplateProcessing")
-            nothing = {"eos": False} if has_template else {"bos": False, "eos": False}
-            special.add_special_token |= nothing
-        if is_gemma:  # llama.cpp puts it whatever a header says
-            special.add_special_token["bos"] = True
+        special = SpecialVocab(folder, load_merges=merges, n_vocab=vocab_size)
+        special.chat_template = _chat_templates(templates)
+        special.add_special_token |= _whether_added(tokenizer, vocabulary, before)
         if len(before) > 1:
-            special.add_special_token["bos"] = True
             special.special_token_ids["bos"] = before[0]
         special.special_token_ids |= _family_ids(special, family, pre, vocabulary.added, path)
         if family.end_by_name and not has_file:
@@ -120,6 +101,55 @@ def _read(
         return GEMMA, read_gemma(tokenizer, vocab_size, path)
     pre = check_form(tokenizer, path, family.pre_tokenizers)
     return pre, read_vocabulary(tokenizer, vocab_size, path, family.may_overlap)
+
+
+def _add_kind(
+    writer: GGUFWriter,
+    pre: str,
+    vocabulary: Vocabulary | SpmVocabulary | GemmaVocabulary,
+    config: dict[str, Any],
+) -> None:
+    """Add what llama.cpp calls the tokenizer and its splitting, and whether it puts a space first.
+
+    `config` is that of the tokenizer, if the family's converter follows its `add_prefix_space`.
+    """
+    is_spm = isinstance(vocabulary, SpmVocabulary)
+    is_gemma = isinstance(vocabulary, GemmaVocabulary)
+    if isinstance(config.get("add_prefix_space"), bool):
+        writer.add_add_space_prefix(config["add_prefix_space"])
+    elif isinstance(vocabulary, SpmVocabulary) and not vocabulary.space_prefix:
+        writer.add_add_space_prefix(False)  # llama.cpp puts one where no key says otherwise
+    writer.add_tokenizer_model("llama" if is_spm else GEMMA if is_gemma else "gpt2")
+    if not is_gemma:
+        writer.add_tokenizer_pre(pre)
+
+
+def _chat_templates(templates: str | dict[str, str] | None) -> str | list[dict[str, str]] | None:
+    """Chat templates as gguf-py takes them."""
+    if not isinstance(templates, dict):
+        return templates
+    # sorted, as gguf-py takes the names in the order of a set, which is no fixed order
+    return [{"name": name, "template": text} for name, text in sorted(templates.items())]
+
+
+def _whether_added(
+    tokenizer: dict[str, Any],
+    vocabulary: Vocabulary | SpmVocabulary | GemmaVocabulary,
+    before: list[int],
+) -> dict[str, bool]:
+    """Whether llama.cpp is to put BOS before and EOS after a text, where gguf-py finds otherwise.
+
+    `before` are the ids that the post-processor puts before a text.
+    """
+    found = {}
+    if has_step(tokenizer, "ByteLevel"):
+        # as later versions of gguf-py, and transformers 5, which do not follow add_bos_token
+        has_template = has_step(tokenizer, "TemplateProcessing")
+        found = {"eos": False} if has_template else {"bos": False, "eos": False}
+    # llama.cpp puts that of Gemma whatever a header says
+    if isinstance(vocabulary, GemmaVocabulary) or len(before) > 1:
+        found["bos"] = True
+    return found
 
 
 def _add_tokens(

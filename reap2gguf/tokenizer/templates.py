@@ -228,7 +228,7 @@ class _Process:
         memory = f"{self._limits.memory_bytes / 2**20:,.0f} MiB of memory"
         output = f"{self._limits.output_bytes / 2**20:,.0f} MiB of text"
         if kind == Answer.TEXT:
-            with contextlib.suppress(UnicodeDecodeError):
+            with contextlib.suppress(UnicodeDecodeError):  # a broken answer, as said below
                 return body.decode("utf-8", "surrogatepass")
         if kind == Answer.REFUSED:  # the process answers the next request as before
             raise _RefusedError(f"the chat template refuses it ({message})")

@@ -62,7 +62,7 @@ class Tokenizer:
         return next(self.encode_all([text], at_least))
 
     def encode_all(self, texts: Iterable[str], at_least: int | None = None) -> Iterator[TokenIds]:
-        """Token ids of each text, in order, as `encode` gives them; texts are read ahead."""
+        """Token ids of each text, in order, as `encode` gives them; texts are prefetched."""
         if not self._in_pieces:
             # each text of its own: the library keeps the tokens of a group in memory
             yield from (self._batch([text])[0] for text in texts)

@@ -68,7 +68,7 @@ def read_vocabulary(
     """The vocabulary of a `tokenizer.json`, with unused tokens `[PADi]` for ids that it leaves out.
 
     `where` is the path of the file, for messages; `may_overlap`: added tokens that overlap in a
-    text are told, and not refused. Raises CheckpointError if the file contradicts itself, and
+    text are reported, and not refused. Raises CheckpointError if the file contradicts itself, and
     UnsupportedModelError for what llama.cpp reads in another way.
     """
     if vocab_size > MAX_VOCABULARY:
@@ -133,8 +133,8 @@ def _check_texts(tokens: list[str], types: list[TokenType], where: Path) -> None
             )
     if "</s>" in ids and (hides := next((text for text in HIDES_S if text in ids), None)):
         raise UnsupportedModelError(
-            f"{where}: has the tokens '</s>' and {hides!r}, of which llama.cpp makes '</s>' an "
-            f"ordinary one, expected not both; {RESAVE}"
+            f"{where}: has the tokens '</s>' and {hides!r}, expected not both: beside the second "
+            f"one llama.cpp takes '</s>' for an ordinary token; {RESAVE}"
         )
     if missing := [byte for byte in sorted(_UTF8_BYTES) if symbols[byte] not in ids]:
         raise UnsupportedModelError(

@@ -66,7 +66,7 @@ from reap2gguf.verifying.hf_folder import (
     compare_folder,
     open_folder,
 )
-from reap2gguf.verifying.report import Findings, Level, VerifyReport, with_error
+from reap2gguf.verifying.report import Findings, Level, VerifyReport, ended_by_errors
 from reap2gguf.verifying.shards import check_config_text, check_shards
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _check_pair(
     `how` is the number of threads, the progress and the device.
     """
     headers = [
-        list(with_error(check.header_violations(opened), check.path.name)) for check in checks
+        list(ended_by_errors(check.header_violations(opened), check.path.name)) for check in checks
     ]
     values = values_or_error(checks, opened, *how)
     for header, value in zip(headers, values, strict=True):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import Manifest
 
 
-def check_choice(manifest: Manifest) -> Iterator[str]:
+def check_chosen_method(manifest: Manifest) -> Iterator[str]:
     """The method that was taken, against the rule and what was measured."""
     choice = manifest.choice
     if choice is None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,13 +70,21 @@ class Original:
     """A range as the source has it, and its blocks: each type's are made once for all files."""
 
     rows: RowRange
-    stored: Floats
+    maker: BlockMaker  # which reads it
     _made: tuple[BlockMaker, GGMLQuantizationType, Bytes] | None = None  # the last ones
+
+    @cached_property
+    def stored(self) -> Floats:
+        """Its values (rows, columns). Raises as `BlockMaker.read` does."""
+        return self.maker.read(self.rows)
 
     def blocks(self, maker: BlockMaker, tensor_type: GGMLQuantizationType) -> Bytes:
         """Its bytes (rows, bytes of a row), as the export makes them."""
         if self._made is None or self._made[0] is not maker or self._made[1] is not tensor_type:
-            made = maker.quantize(self.rows, self.stored, tensor_type)
+            if self.rows.tensor.is_sliced_as(tensor_type):
+                made = self.rows.blocks(maker.weights)
+            else:
+                made = maker.quantize(self.rows, self.stored, tensor_type)
             self._made = maker, tensor_type, made
         return self._made[2]
 
@@ -128,9 +137,15 @@ class Comparison:
                 self.found[rows.tensor.name] = rows.first_in_tensor, violation
 
     def _compare(self, original: Original) -> str | None:
-        rows, stored = original.rows, original.stored
+        rows = original.rows
         tensor_type, first = self.type_of(rows), rows.first_in_tensor
         raw = self.header.read(rows.tensor.name, first, first + rows.last - rows.first)
+        if rows.tensor.is_sliced_as(tensor_type):
+            if are_equal(raw, original.blocks(self.blocks, tensor_type)):
+                return None
+            if self.exactness.every_type or self.exactness.tries_bytes:
+                return self._not_the_source(original, raw, tensor_type)
+        stored = original.stored
         if self._must_be_equal(tensor_type):
             violation = self._compare_bytes(original, raw, tensor_type)
             return violation or self._compare_sample(rows, raw, stored, tensor_type)
@@ -224,10 +239,11 @@ class Comparison:
         self, original: Original, raw: Bytes, tensor_type: GGMLQuantizationType
     ) -> str | None:
         """The violation if a range does not have the bytes that the export makes."""
-        rows, stored = original.rows, original.stored
+        rows = original.rows
         wanted = original.blocks(self.blocks, tensor_type)
         if are_equal(raw, wanted):
             return None
+        stored = original.stored
         if not self.exactness.every_type and is_rounded(rows.tensor.name):
             values = raw.view(np.int32), wanted.view(np.int32)
             if np.abs(np.subtract(*values, dtype=np.int64)).max() <= _MOST_LAST_BITS:
@@ -246,6 +262,14 @@ class Comparison:
                         f"otherwise than libggml {self.quantizer.ggml.label} here"
                     )
         return self._violation(rows, raw, stored, row, tensor_type, limit)
+
+    def _not_the_source(
+        self, original: Original, raw: Bytes, tensor_type: GGMLQuantizationType
+    ) -> str:
+        """The violation of a range whose blocks are not those of the GGUF source."""
+        row = int((raw != original.blocks(self.blocks, tensor_type)).any(axis=1).argmax())
+        limit = f"expected the source's blocks of {tensor_type.name}, byte for byte"
+        return self._violation(original.rows, raw, original.stored, row, tensor_type, limit)
 
     def _is_sound(
         self,

@@ -148,7 +148,7 @@ def comparing_on(
     opened = {}
     with ExitStack() as stack:
         for number, one in files.items():
-            with suppress(OSError):
+            with suppress(OSError):  # the comparison by range reports it
                 opened[number] = stack.enter_context(opened_tensors(one.header))
         yield DeviceComparison(device, opened, progress)
 

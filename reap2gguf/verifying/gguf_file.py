@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from gguf import GGMLQuantizationType
 
-from reap2gguf.errors import ArtifactError, Reap2ggufError
+from reap2gguf.errors import ArtifactError, DependencyError, Reap2ggufError
 from reap2gguf.files import is_plain
 from reap2gguf.gguf_files.split import SplitHeader, read_whole_header
 from reap2gguf.messages import shown
@@ -32,7 +32,7 @@ from reap2gguf.verifying.gguf_values import (
     compare_values,
     unreadable,
 )
-from reap2gguf.verifying.report import with_error
+from reap2gguf.verifying.report import as_violation
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import GgufRecord
@@ -172,14 +172,10 @@ def values_or_error(
     """
     try:
         return GgufCheck.value_violations(checks, opened, n_threads, progress, device)
+    except DependencyError:
+        raise
     except (Reap2ggufError, OSError) as error:
-        return [list(with_error(_raising(error), check.path.name)) for check in checks]
-
-
-def _raising(error: Exception) -> Iterator[str]:
-    """Violations that an error ends before the first one."""
-    raise error
-    yield
+        return [[as_violation(error, check.path.name)] for check in checks]
 
 
 def check_gguf(

@@ -26,8 +26,13 @@ from reap2gguf.verifying.gguf_file import (
     values_or_error,
 )
 from reap2gguf.verifying.gguf_layout import check_layout
-from reap2gguf.verifying.imatrix_files import check_dat, check_entries, check_imatrix, open_imatrix
-from reap2gguf.verifying.report import Level, with_error
+from reap2gguf.verifying.imatrix_files import (
+    check_dat,
+    check_entries,
+    check_recorded_imatrix,
+    open_imatrix,
+)
+from reap2gguf.verifying.report import Level, ended_by_errors
 from reap2gguf.verifying.sliced import compared_blocks, is_sliced_of
 
 if TYPE_CHECKING:
@@ -88,7 +93,9 @@ class GgufPart:
         header = None if first is None else self._open(self.folder / first.first)[0]
         if header is not None:
             shapes = {name: info.shape for name, info in header.tensors.items()}
-            yield from check_imatrix(imatrix, manifest.calibration, manifest.pruning, shapes)
+            yield from check_recorded_imatrix(
+                imatrix, manifest.calibration, manifest.pruning, shapes
+            )
         if self.reference is not None:
             is_given = manifest.calibration.imatrix_file is not None
             yield from check_entries(imatrix, self.reference[1], is_given)
@@ -100,7 +107,7 @@ class GgufPart:
         files = {record.file: self._gguf_check(record) for record in records}
         for record in records:
             of_header = self._check_header(record, files[record.file])
-            found.append(list(with_error(of_header, record.first)))
+            found.append(list(ended_by_errors(of_header, record.first)))
         if check.strictness.reads_values:
             for violations, more in zip(found, self._check_values(files, records), strict=True):
                 violations += more

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reap2gguf.errors import DependencyError, Reap2ggufError
+from reap2gguf.errors import Reap2ggufError
 from reap2gguf.exporting.device_blocks import BATCH_BYTES, opened_device
 from reap2gguf.exporting.row_ranges import (
     Batch,
@@ -26,6 +26,7 @@ from reap2gguf.exporting.row_ranges import (
     RowRange,
     batches,
     check_imatrix,
+    made_types,
     work_through,
 )
 from reap2gguf.ggml import holds_weights
@@ -197,7 +198,7 @@ def _refusals(file: FileValues) -> Compared:
         )
     elif imatrix is not None:
         try:
-            check_imatrix(file.tensors, {name: {one} for name, one in types.items()}, imatrix)
+            check_imatrix(file.tensors, made_types(file.tensors, [types]), imatrix)
         except Reap2ggufError as error:
             found.is_refused = True
             found.violations.append(f"{where}: {error}")
@@ -246,16 +247,9 @@ class _Pass:
         wanting.sort(key=lambda one: (id(one.blocks), one.type_of(rows).value))
         if not wanting:
             return
-        try:
-            original = Original(rows, wanting[0].blocks.read(rows))
-        except DependencyError:
-            raise
-        except Reap2ggufError as error:
-            for one in wanting:
-                one.fail(rows, error)
-        else:
-            for one in wanting:
-                one.check(original)
+        original = Original(rows, wanting[0].blocks)
+        for one in wanting:
+            one.check(original)
 
 
 def _work(compare: _Pass, n_threads: int, progress: Progress, device: str) -> None:

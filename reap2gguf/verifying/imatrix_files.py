@@ -48,10 +48,32 @@ def check_dat(folder: Path, imatrix: Imatrix) -> Iterator[str]:
             yield f"{path.name}: has bytes after its end"
 
 
-def check_imatrix(
+def check_recorded_imatrix(
     imatrix: Imatrix, calibration: CalibrationRecord, pruning: PruningRecord, shapes: Shapes
 ) -> Iterator[str]:
     """A matrix against the manifest, and against the shapes of the tensors of a GGUF file."""
+    yield from _check_numbers(imatrix, calibration)
+    mtp_block = max(pruning.kept, default=0) if pruning.mtp.state in ("pruned", "kept") else None
+    for name, entry in imatrix.entries.items():
+        shape = shapes.get(name)
+        if shape is None or len(shape) < 2:
+            yield f"{IMATRIX_FILE}: {shown(name)} is not a matrix of the model"
+            continue
+        expected_shape = sums_shape(name, shape)
+        if entry.sums.shape != expected_shape:
+            yield (
+                f"{IMATRIX_FILE}: {name} has sums of shape {list(entry.sums.shape)}, expected "
+                f"{list(expected_shape)}"
+            )
+        elif calibration.imatrix_file is None:  # a given one may have been made in any way
+            # an MTP block sees a token together with the next one
+            is_mtp = mtp_block is not None and name.startswith(f"blk.{mtp_block}.")
+            per_chunk = imatrix.chunk_size - is_mtp
+            yield from _check_counts(entry, imatrix, per_chunk, pruning.experts_per_token)
+
+
+def _check_numbers(imatrix: Imatrix, calibration: CalibrationRecord) -> Iterator[str]:
+    """What the manifest says of all matrices together: the text, and what the experts saw."""
     numbers = {
         "imatrix.chunk_count": (imatrix.n_chunks, calibration.imatrix_chunks),
         "imatrix.chunk_size": (imatrix.chunk_size, calibration.imatrix_chunk_size),
@@ -75,23 +97,6 @@ def check_imatrix(
             f"{IMATRIX_FILE}: its experts saw other numbers of tokens than imatrix_coverage in "
             f"{MANIFEST_FILE} says"
         )
-    mtp_block = max(pruning.kept, default=0) if pruning.mtp.state in ("pruned", "kept") else None
-    for name, entry in imatrix.entries.items():
-        shape = shapes.get(name)
-        if shape is None or len(shape) < 2:
-            yield f"{IMATRIX_FILE}: {shown(name)} is not a matrix of the model"
-            continue
-        expected_shape = sums_shape(name, shape)
-        if entry.sums.shape != expected_shape:
-            yield (
-                f"{IMATRIX_FILE}: {name} has sums of shape {list(entry.sums.shape)}, expected "
-                f"{list(expected_shape)}"
-            )
-        elif calibration.imatrix_file is None:  # a given one may have been made in any way
-            # an MTP block sees a token together with the next one
-            is_mtp = mtp_block is not None and name.startswith(f"blk.{mtp_block}.")
-            per_chunk = imatrix.chunk_size - is_mtp
-            yield from _check_counts(entry, imatrix, per_chunk, pruning.experts_per_token)
 
 
 def _check_counts(
@@ -115,7 +120,8 @@ def _check_counts(
 def check_entries(imatrix: Imatrix, model: MoeModel, is_given: bool = False) -> Iterator[str]:
     """A matrix must have an entry for every matrix that the model multiplies, and no other.
 
-    One that was given to the build may have others: `check_imatrix` compares those with the file.
+    One that was given to the build may have others: `check_recorded_imatrix` compares those with
+    the file.
     """
     if is_given:
         return

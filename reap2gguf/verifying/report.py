@@ -76,7 +76,7 @@ class Findings:
 
     def take(self, violations: Iterator[str], where: str) -> None:
         """Keep violations; an error that ends a check early becomes the last one, of `where`."""
-        self.violations += with_error(violations, where)
+        self.violations += ended_by_errors(violations, where)
 
     def add(self, other: VerifyReport) -> None:
         """Take over another verification's findings."""
@@ -96,16 +96,21 @@ class Findings:
         )
 
 
-def with_error(violations: Iterator[str], where: str) -> Iterator[str]:
+def ended_by_errors(violations: Iterator[str], where: str) -> Iterator[str]:
     """Violations; an error that ends a check early becomes the last one."""
     try:
         yield from violations
     except DependencyError:
         raise
-    except Reap2ggufError as error:
-        yield f"{where}: {error}"
-    except OSError as error:
-        yield f"{where}: cannot be read ({error.strerror or error})"
+    except (Reap2ggufError, OSError) as error:
+        yield as_violation(error, where)
+
+
+def as_violation(error: Reap2ggufError | OSError, where: str) -> str:
+    """An error that ends a check, as a violation."""
+    if isinstance(error, OSError):
+        return f"{where}: cannot be read ({error.strerror or error})"
+    return f"{where}: {error}"
 
 
 def passed_folder(n_tensors: int, n_changed: int = 0, what: str = "repair") -> str:
@@ -126,4 +131,4 @@ def passed_file(name: str, n_tensors: int, level: Level) -> str:
 
 def passed_summary(passed: Sequence[str]) -> str:
     """All that a build has verified in a few words, for the card."""
-    return f"{len(passed)} checks passed"
+    return f"{len(passed)} {'check' if len(passed) == 1 else 'checks'} passed"

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from gguf import Keys
 
-from reap2gguf.building.given_kept import check_kept_map
-from reap2gguf.building.history import read_history
 from reap2gguf.errors import ArtifactError, CheckpointError, Reap2ggufError, UsageError
 from reap2gguf.exporting.header_facts import pruning_values
 from reap2gguf.gguf_files.part_names import parse_part_name
@@ -21,6 +19,8 @@ from reap2gguf.gguf_source.checking import violations_in
 from reap2gguf.gguf_source.header import RECIPE_KEY
 from reap2gguf.gguf_source.writing import PrunedGguf, planned
 from reap2gguf.messages import shown
+from reap2gguf.pruning.given_kept import check_kept_map
+from reap2gguf.pruning.history import read_history
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.verifying.report import Findings, Level, VerifyReport
 

@@ -22,7 +22,8 @@ from reap2gguf.fitting import errors_table
 from reap2gguf.fitting.card import RESERVE
 from reap2gguf.options import BuildOptions
 from reap2gguf.progress import CallbackProgress
-from reap2gguf.terminal.plan_views import plan_as_json, plan_lines
+from reap2gguf.terminal.plan_json import plan_as_json
+from reap2gguf.terminal.plan_views import plan_lines
 from tests.building.builds import build, contents, options, stages_reused
 from tests.tiny import TinyQwen3Moe
 

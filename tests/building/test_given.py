@@ -22,7 +22,8 @@ from reap2gguf.gguf_files.imatrix import ImatrixEntry, load_imatrix, save_both
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
-from reap2gguf.terminal.plan_views import plan_as_json, plan_lines
+from reap2gguf.terminal.plan_json import plan_as_json
+from reap2gguf.terminal.plan_views import plan_lines
 from reap2gguf.verifying.bundle import verify_bundle
 from reap2gguf.verifying.context import Strictness
 from reap2gguf.verifying.opening import open_source

@@ -25,7 +25,8 @@ from reap2gguf.observing.sweep import Sweep
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.methods import METHODS, is_from_weights
-from reap2gguf.terminal.plan_views import plan_as_json, plan_lines
+from reap2gguf.terminal.plan_json import plan_as_json
+from reap2gguf.terminal.plan_views import plan_lines
 from reap2gguf.verifying.bundle import verify_bundle
 from reap2gguf.verifying.context import Strictness
 from reap2gguf.verifying.opening import open_source

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 import reap2gguf
 from reap2gguf.building.bundle_options import BundleOptions
 from reap2gguf.building.bundling import bundle
-from reap2gguf.building.history import read_history
 from reap2gguf.bundle.layout import KEPT_FILE
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import OutputError, UsageError
@@ -22,6 +21,7 @@ from reap2gguf.merging.folder import MergeFolder
 from reap2gguf.models.table import describe
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
+from reap2gguf.pruning.history import read_history
 from tests.building.builds import PROSE, build
 from tests.tiny import TinyQwen3Moe
 
@@ -49,7 +49,8 @@ def test_a_merged_folder_is_verified_by_its_record(model: Path, tmp_path: Path) 
     assert (record["method"], record["group_size"]) == ("ream", 16)
     groups = record["layers"]["1"]["groups"]
     assert [group[0] for group in groups] == values["kept_experts"]["1"]
-    assert b"merged into some of these" in files["README.md"]
+    assert b"merged the others into those that stay, by REAM" in files["README.md"]
+    assert b"- merged\n" in files["README.md"]
     report = reap2gguf.verify(output, source=str(model))
     assert not report.violations
     assert any("merge of the experts is not computed again" in n for n in report.not_checked)

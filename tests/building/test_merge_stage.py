@@ -81,6 +81,10 @@ def test_the_cards_say_it(whole: Any) -> None:
         assert "--method ream" in card
         assert "--group-size 3" in card
         assert "with the lowest scores" not in card
+        assert "<summary>Experts merged in each layer</summary>" in card
+        assert "importance matrix was computed on the merged model" in card
+        assert "- merged\n" in card
+        assert "- reap\n" not in card
 
 
 def test_a_bundle_with_a_merge_verifies(model: Path, whole: Any) -> None:
@@ -91,6 +95,8 @@ def test_a_bundle_with_a_merge_verifies(model: Path, whole: Any) -> None:
     reap2gguf.report(whole.gguf_folder, whole.gguf_folder.parent / "report.html")
     page = (whole.gguf_folder.parent / "report.html").read_text()
     assert "merged by" in page
+    assert "merged into the others by" in page
+    assert "Merged experts, by their numbers in the source" in page
 
 
 def test_two_runs_and_runs_that_are_interrupted_give_the_same_bytes(

@@ -32,7 +32,8 @@ def named(
     [({}, "Model-REAP-0.25"), ({"compression": 0.26}, "Model-REAP-0.26"),
      ({"keep_experts": 12}, "Model-REAP-0.25"), ({"name": "x"}, "x"), ({"name": "a-b_"}, "a-b_"),
      ({"name": "a" * 91}, "a" * 91), ({"method": "msan"}, "Model-REAP-0.25"),
-     ({"method": "aimer"}, "Model-pruned-0.25")],
+     ({"method": "aimer"}, "Model-pruned-0.25"), ({"method": "ream"}, "Model-REAM-0.25"),
+     ({"method": "hc_smoe"}, "Model-HC-SMoE-0.25")],
 )  # fmt: skip
 def test_a_good_name_is_kept(options: dict[str, Any], expected: str) -> None:
     assert named("Model", **options) == (expected, [])

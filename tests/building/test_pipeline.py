@@ -30,7 +30,7 @@ from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from reap2gguf.quantizing.quantizer import Quantizer
-from reap2gguf.terminal.plan_views import plan_as_json
+from reap2gguf.terminal.plan_json import plan_as_json
 from reap2gguf.terminal.views import result_lines
 from reap2gguf.verifying.bundle import verify_bundle
 from tests.building.builds import (

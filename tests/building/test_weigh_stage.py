@@ -29,7 +29,8 @@ from reap2gguf.gguf_files.imatrix import load_imatrix, save_gguf
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import CallbackProgress
 from reap2gguf.pruning.methods import OBSERVED
-from reap2gguf.terminal.plan_views import plan_as_json, plan_lines
+from reap2gguf.terminal.plan_json import plan_as_json
+from reap2gguf.terminal.plan_views import plan_lines
 from reap2gguf.verifying.budget import check_budget
 from tests.building.builds import PROSE, build, contents, options, stages_reused
 from tests.exporting.files import gguf_tensors, random_imatrix

@@ -95,11 +95,6 @@ def test_what_is_finalized_is_finished(work: Workdir) -> None:
     assert finished is not None
     assert finished.inputs == INPUTS
     assert finished.changed(work.output, ["name-GGUF/name.gguf", "name/config.json"]) == []
-    assert finished.has(work.output, "name-GGUF/name.gguf")
-    assert not finished.has(work.output, "name-GGUF/other.gguf")
-    (work.final_gguf / "name.gguf").write_text("longer than before")
-    assert not finished.has(work.output, "name-GGUF/name.gguf")
-    assert finished.changed(work.output, ["name-GGUF/name.gguf"]) == ["name-GGUF/name.gguf"]
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def test_front_matter_can_be_made_again_from_a_bundle(tmp_path: Path) -> None:
 
 
 def test_an_unpruned_model_is_not_tagged_as_pruned() -> None:
-    whole = PrunedFrom("a/b", "Qwen3MoeForCausalLM", drops_experts=False)
+    whole = PrunedFrom("a/b", "Qwen3MoeForCausalLM", methods=(), drops_experts=False)
     assert pruned_values(SourceCard(), whole)["tags"] == ["moe", "qwen3_moe"]
     assert pruned_values(SourceCard(), replace(whole, architecture="; rm"))["tags"] == ["moe"]
 

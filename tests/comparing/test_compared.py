@@ -365,7 +365,7 @@ def test_an_output_is_no_model(files: Path, tmp_path: Path) -> None:
     before = ours.read_bytes()
     for output, model in ((ours, ours), (link, ours), (ours, files)):
         for what in ("output", "picture"):
-            with pytest.raises(UsageError, match="it is of the model"):
+            with pytest.raises(UsageError, match="it is a file of the model"):
                 compared(model, quality=False, **{what: output})
     assert ours.read_bytes() == before
     with pytest.raises(UsageError, match="the picture is written there"):

@@ -17,8 +17,9 @@ from reap2gguf.gguf_files.imatrix import Imatrix
 from reap2gguf.models.description import GgufTensor, ModelFacts
 from reap2gguf.quantizing.file_types import MIXTURES
 from reap2gguf.quantizing.recipe import load_recipe, shipped_recipes
-from reap2gguf.quantizing.resolve import resolve
+from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from tests.exporting.files import (
+    Stored,
     export_files,
     gguf_tensors,
     llama_quantize,
@@ -26,6 +27,7 @@ from tests.exporting.files import (
     plain,
     random_imatrix,
     stored,
+    types_of_llama_cpp,
     write_small_tokenizer,
 )
 from tests.families.glm import GLM45
@@ -182,11 +184,12 @@ def synthetic(
     return Synthetic(shape, tensors, path, mean_squares(random_imatrix(tensors)))
 
 
-@pytest.mark.parametrize("file_type", FILE_TYPES)
-def test_types_are_those_llama_cpp_chooses(
-    synthetic: Synthetic, file_type: str, tmp_path: Path
-) -> None:
-    compare_types(synthetic, file_type, True, tmp_path)
+@pytest.mark.parametrize("file_type", BY_LLAMA_QUANTIZE)
+def test_types_are_those_llama_cpp_chooses(synthetic: Synthetic, file_type: str) -> None:
+    shape, tensors = synthetic.shape, synthetic.tensors
+    resolved = resolve(plain(file_type), tensors, shape.facts(), shape.n_experts, True)
+    number = MIXTURES[file_type].file_type
+    assert kinds(resolved) == types_of_llama_cpp(synthetic.bf16, number, synthetic.importance)
 
 
 # few rules ask for importance, and none of them for the shape as well
@@ -196,22 +199,17 @@ WITHOUT = shapes(SHAPES.keys() - {"plain", "eight-experts", "rows-of-64-and-32"}
 @pytest.mark.parametrize("synthetic", WITHOUT, indirect=True, scope="module")
 @pytest.mark.parametrize("file_type", FILE_TYPES)
 def test_types_without_an_imatrix(synthetic: Synthetic, file_type: str, tmp_path: Path) -> None:
-    compare_types(synthetic, file_type, False, tmp_path)
-
-
-def compare_types(synthetic: Synthetic, file_type: str, has_imatrix: bool, tmp_path: Path) -> None:
+    """What llama.cpp refuses without one, it says only when it quantizes."""
     shape, target = synthetic.shape, tmp_path / "quantized.gguf"
-    resolved = resolve(
-        plain(file_type), synthetic.tensors, shape.facts(), shape.n_experts, has_imatrix
-    )
-    importance = synthetic.importance if has_imatrix else None
-    if not llama_quantize(synthetic.bf16, target, MIXTURES[file_type].file_type, importance):
-        assert not has_imatrix
-        assert resolved.needs_importance()
-        return
-    assert has_imatrix or not resolved.needs_importance()
-    chosen = {name: kind for name, (kind, _) in stored(target).items()}
-    assert {name: kind.name for name, kind in resolved.tensor_types().items()} == chosen
+    resolved = resolve(plain(file_type), synthetic.tensors, shape.facts(), shape.n_experts, False)
+    is_made = llama_quantize(synthetic.bf16, target, MIXTURES[file_type].file_type)
+    assert is_made != resolved.needs_importance()
+    if is_made:
+        assert kinds(resolved) == {name: kind for name, (kind, _) in stored(target).items()}
+
+
+def kinds(found: ResolvedRecipe) -> dict[str, str]:
+    return {name: kind.name for name, kind in found.tensor_types().items()}
 
 
 LAYOUTS = {
@@ -286,6 +284,15 @@ def test_bytes_with_an_imatrix(
     assert stored(exported.with_imatrix[file_type]) == stored(quantized(file_type, True))
 
 
+@pytest.fixture(scope="module")
+def iq1_m(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Stored:
+    """What llama.cpp makes of it, which takes seconds."""
+    target = tmp_path_factory.mktemp("iq1_m") / "theirs.gguf"
+    number = MIXTURES["IQ1_M"].file_type
+    assert llama_quantize(exported.bf16, target, number, mean_squares(exported.imatrix))
+    return stored(target)
+
+
 @pytest.fixture
 def library_of_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Exports quantize with the libggml inside llama-cpp-python, not with libggml-python's."""
@@ -302,25 +309,24 @@ def library_of_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("library_of_llama_cpp")
 def test_bytes_of_iq1_m_by_the_same_library(
-    exported: Exported, quantized: Callable[..., Path], tmp_path: Path
+    exported: Exported, iq1_m: Stored, tmp_path: Path
 ) -> None:
     found = export_files(exported.folder, tmp_path, [plain("IQ1_M")], exported.imatrix)
-    assert stored(found["IQ1_M"]) == stored(quantized("IQ1_M", True))
+    assert stored(found["IQ1_M"]) == iq1_m
 
 
 @pytest.mark.slow
 def test_bytes_of_iq1_m_by_another_library_differ_rarely(
-    exported: Exported, quantized: Callable[..., Path], tmp_path: Path
+    exported: Exported, iq1_m: Stored, tmp_path: Path
 ) -> None:
     files = export_files(exported.folder, tmp_path, [plain("IQ1_M")], exported.imatrix)
     found = stored(files["IQ1_M"])
-    theirs = stored(quantized("IQ1_M", True))
     assert {name: kind for name, (kind, _) in found.items()} == {
-        name: kind for name, (kind, _) in theirs.items()
+        name: kind for name, (kind, _) in iq1_m.items()
     }
     ours, others = (
         np.frombuffer(b"".join(one[name][1] for name in sorted(one)), np.uint8)
-        for one in (found, theirs)
+        for one in (found, iq1_m)
     )
     assert np.count_nonzero(ours != others) < ours.size / 1000
 

@@ -311,3 +311,11 @@ def test_quantize_names_the_file_by_its_label(tmp_path: Path) -> None:
     assert found.path == tmp_path / "model-BF16_OWN.gguf"
     with pytest.raises(UsageError, match="names the file already; pass a folder, or no label"):
         reap2gguf.quantize(folder, "bf16", tmp_path / "x.gguf", labels={"bf16": "X"})
+
+
+@pytest.mark.parametrize("way", ["REAP-0.25", "REAM-0.25", "HC-SMoE-0.125"])
+def test_what_was_done_to_experts_is_no_version(way: str, tmp_path: Path) -> None:
+    found = general_values(tmp_path, f"Model-Instruct-{way}", SIZE, FROM_HUB).values
+    values = {one.key: one.value for one in found}
+    assert values["general.finetune"] == f"Instruct-{way}"
+    assert "general.version" not in values

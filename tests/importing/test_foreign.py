@@ -198,7 +198,9 @@ def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
 
 def test_blanks_around_an_equals_sign_and_words_that_are_nothing(tmp_path: Path) -> None:
     assert rules("attn_v = q8_0  # why\nattn_k =q6_k") == rules("attn_v=q8_0\nattn_k=q6_k")
-    with pytest.raises(RecipeError, match=r"here: 'their\.recipe' is no file here, no llama-quant"):
+    with pytest.raises(
+        RecipeError, match=r"here: 'their\.recipe' is neither a file, nor a llama-quant"
+    ):
         read_foreign("their.recipe", "here")
     file = tmp_path / "x.gguf"
     file.write_bytes(b"GGUF")

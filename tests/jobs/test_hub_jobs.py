@@ -175,7 +175,7 @@ def test_ctrl_c_stops_following_alone(
     found = run("run", *BUILD)
     assert found.exit_code == 130
     assert found.stderr.splitlines()[-1] == (
-        f"Stopped following; the job goes on. Follow: reap2gguf jobs logs {JOB}; end it: "
+        f"Stopped following; the job keeps running. Follow: reap2gguf jobs logs {JOB}; end it: "
         f"reap2gguf jobs cancel {JOB}"
     )
     assert not hub.asked("/cancel")

@@ -87,7 +87,9 @@ def test_groups_of_experts(used: int, right: bool) -> None:
 @pytest.mark.parametrize("key", ["token_type", "scores"])
 def test_a_list_that_is_shorter_than_the_vocabulary(key: str) -> None:
     short = GgufHeader(Path("x.gguf"), {**QWEN35, f"tokenizer.ggml.{key}": [1]}, {}, 0)
-    with pytest.raises(ArtifactError, match=f"tokenizer.ggml.{key} has not one entry for each of"):
+    with pytest.raises(
+        ArtifactError, match=f"tokenizer.ggml.{key} does not have one entry for each of"
+    ):
         check_header(Path("x.gguf"), short)
 
 

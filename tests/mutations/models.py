@@ -13,14 +13,13 @@ import os
 import re
 import shutil
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from safetensors.torch import load_file
-
 from reap2gguf.building import pipeline, verify_stage
-from reap2gguf.building.plan import make_plan
+from reap2gguf.building.plan import Plan, make_plan
 from reap2gguf.bundle.layout import gguf_name
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.writer import plan_shards
@@ -28,6 +27,7 @@ from reap2gguf.models.table import describe
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.write import write_pruned
+from tests.part_of_example import part_of_config, part_of_tensors
 from tests.tiny import EXAMPLE, REPOSITORY, TinyQwen35Moe, save_sharded
 
 NAME = "sound"
@@ -110,17 +110,10 @@ def _part_of_example(folder: Path) -> Path:
     folder.mkdir()
     for name in ("chat_template.jinja", "tokenizer_config.json"):
         shutil.copyfile(EXAMPLE / name, folder / name)
-    config = json.loads((EXAMPLE / "config.json").read_text())
-    config |= {"num_hidden_layers": 2, "num_experts": 8}
-    _write_small_files(folder, config)
-    tensors = {}
-    for shard in sorted(EXAMPLE.glob("*.safetensors")):
-        for name, tensor in load_file(shard).items():
-            if re.search(r"layers\.[^01]\.|experts\.([89]|\d\d)\.", name):
-                continue
-            if name.endswith("embed_tokens.weight"):
-                tensor = tensor[:VOCAB].clone()
-            tensors[name] = tensor[:8].clone() if name.endswith("mlp.gate.weight") else tensor
+    _write_small_files(folder, part_of_config(n_layers=2, n_experts=8))
+    tensors = part_of_tensors(n_layers=2, n_experts=8)
+    embedding = "model.embed_tokens.weight"
+    tensors[embedding] = tensors[embedding][:VOCAB].clone()
     save_sharded(tensors, folder, 2)
     return folder
 
@@ -162,6 +155,18 @@ def _build(
     source: Path, output: Path, recipes: tuple[str, ...], shard_bytes: int
 ) -> pipeline.BuildResult:
     """A whole build, whose safetensors have shards of another size than usual."""
+    with (
+        patch.object(write_pruned, "__defaults__", (shard_bytes,)),
+        patch.object(plan_shards, "__defaults__", (shard_bytes,)),
+    ):
+        result = pipeline.build(_plan(source, output, recipes), Silent())
+    assert result is not None
+    return result
+
+
+@cache
+def _plan(source: Path, output: Path, recipes: tuple[str, ...]) -> Plan:
+    """The plan of a build; made once per folder, as the source stays and damages come later."""
     options = BuildOptions(
         recipes=recipes,
         model=str(source),
@@ -174,13 +179,7 @@ def _build(
         chunk=128,
         compute=ComputeOptions(device="cpu", threads=1),
     )
-    with (
-        patch.object(write_pruned, "__defaults__", (shard_bytes,)),
-        patch.object(plan_shards, "__defaults__", (shard_bytes,)),
-    ):
-        result = pipeline.build(make_plan(options), Silent())
-    assert result is not None
-    return result
+    return make_plan(options)
 
 
 def _stop(stage: verify_stage.Verify) -> None:

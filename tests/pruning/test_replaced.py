@@ -60,6 +60,6 @@ def test_a_tensor_that_the_model_does_not_have_is_refused(
     with (
         pruned_view(source) as pruned,
         folder.open([1]) as replaced,
-        pytest.raises(CheckpointError, match="no tensor of the pruned model"),
+        pytest.raises(CheckpointError, match="is not in the pruned model"),
     ):
         ReplacedView(pruned, replaced)

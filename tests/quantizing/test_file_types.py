@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,8 @@ from tests.exporting.files import (
     stored,
     types_of_llama_cpp,
 )
-from tests.tiny import EXAMPLE, REPOSITORY, TinyQwen35Moe
+from tests.part_of_example import part_of_config, part_of_tensors
+from tests.tiny import EXAMPLE, REPOSITORY, TinyQwen35Moe, save_sharded
 
 DATA = REPOSITORY / "tests" / "data"
 OF_40_LAYERS = json.loads((DATA / "qwen35moe-40-layers.types.json").read_text())
@@ -83,27 +86,50 @@ def imatrix() -> Imatrix:
     return load_imatrix(IMATRIX)
 
 
-@pytest.fixture(scope="module")
-def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained example model."""
-    return export_files(EXAMPLE, tmp_path_factory.mktemp("example"), [plain("BF16")])["BF16"]
-
-
-def test_types_of_the_example_are_those_llama_cpp_chooses(bf16: Path, imatrix: Imatrix) -> None:
+def test_types_of_the_example_are_those_llama_cpp_chooses(tmp_path: Path, imatrix: Imatrix) -> None:
+    bf16 = export_files(EXAMPLE, tmp_path, [plain("BF16")])["BF16"]
     for name in BY_LLAMA_QUANTIZE:
         theirs = types_of_llama_cpp(bf16, MIXTURES[name].file_type, mean_squares(imatrix))
         assert kinds(resolved(EXAMPLE, plain(name), True)) == theirs, name
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some trained weights: of the example two layers, four experts and the whole vocabulary.
+
+    A block is quantized for itself, so a block of every other expert would only take longer.
+    """
+
+    folder: Path
+    bf16: Path
+    imatrix: Imatrix
+
+
+@pytest.fixture(scope="module")
+def part(tmp_path_factory: pytest.TempPathFactory, imatrix: Imatrix) -> Part:
+    folder = tmp_path_factory.mktemp("part")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(EXAMPLE / name, folder / name)
+    (folder / "config.json").write_text(json.dumps(part_of_config(n_layers=2, n_experts=4)))
+    save_sharded(part_of_tensors(n_layers=2, n_experts=4), folder, 1)
+    bf16 = export_files(folder, tmp_path_factory.mktemp("example"), [plain("BF16")])["BF16"]
+    entries = {
+        name: replace(one, sums=one.sums[:4], counts=one.counts[:4])
+        for name, one in imatrix.entries.items()
+        if name.startswith(("blk.0.", "blk.1."))
+    }
+    return Part(folder, bf16, replace(imatrix, entries=entries))
+
+
 @pytest.fixture
-def both(bf16: Path, imatrix: Imatrix, tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
-    """One file of the example by this program, and one by llama.cpp."""
+def both(part: Part, tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
+    """One file of the part by this program, and one by llama.cpp."""
 
     def make(recipe: Recipe, file_type: str, rules: Recipe | None = None) -> tuple[Path, Path]:
-        (ours,) = export_files(EXAMPLE, tmp_path, [recipe], imatrix).values()
+        (ours,) = export_files(part.folder, tmp_path, [recipe], part.imatrix).values()
         theirs = tmp_path / "theirs.gguf"
         number = MIXTURES[file_type].file_type
-        assert llama_quantize(bf16, theirs, number, mean_squares(imatrix), rules)
+        assert llama_quantize(part.bf16, theirs, number, mean_squares(part.imatrix), rules)
         return ours, theirs
 
     return make

@@ -16,7 +16,8 @@ from reap2gguf.options import BuildOptions, ComputeOptions
 from reap2gguf.pruning.coverage import importance_record
 from reap2gguf.pruning.select import Target
 from reap2gguf.terminal.plan_advice import copied_lines, expert_count_lines, odd_row_lines
-from reap2gguf.terminal.plan_views import plan_as_json, plan_lines, up_to_date_or_lines
+from reap2gguf.terminal.plan_json import plan_as_json
+from reap2gguf.terminal.plan_views import plan_lines, up_to_date_or_lines
 from tests.building.needs.machines import needs_on
 from tests.families.gpt_oss import TINY as GPT_OSS
 from tests.models.layouts import FIRST, Case

@@ -16,7 +16,8 @@ from reap2gguf.building.needs.rented import GPUS
 from reap2gguf.building.plan import Plan, make_plan
 from reap2gguf.cli import cli
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
-from reap2gguf.terminal.plan_views import plan_as_json, plan_lines, up_to_date_or_lines
+from reap2gguf.terminal.plan_json import plan_as_json
+from reap2gguf.terminal.plan_views import plan_lines, up_to_date_or_lines
 from tests.building.builds import build, options
 from tests.building.needs.machines import GIB, H100, LAPTOP, laptop, needs_on
 from tests.tiny import EXAMPLE, TinyQwen35Moe

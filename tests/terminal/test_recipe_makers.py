@@ -86,7 +86,7 @@ def test_errors_of_files_are_one_line(file: Path, tmp_path: Path) -> None:
     one_line(run("recipes", "of", tmp_path), "no such GGUF file")
     one_line(run("recipes", "of", EXAMPLE / "config.json"), "expected GGUF version 2 or 3")
     one_line(run("recipes", "of", file, "-o", tmp_path / "x.txt"), "must end in .toml")
-    with pytest.raises(UsageError, match="it is of the model"):
+    with pytest.raises(UsageError, match="it is a file of the model"):
         reap2gguf.recipe_of(file, file)
 
 
@@ -124,11 +124,11 @@ def test_a_list_from_a_file_and_from_standard_input(tmp_path: Path) -> None:
 
 def test_errors_of_texts_are_one_line(tmp_path: Path) -> None:
     one_line(run("recipes", "import", "attn=q6_0"), "the text: q6_0 exists only in ik_llama.cpp")
-    one_line(run("recipes", "import", "hello"), "'hello' is no file here")
+    one_line(run("recipes", "import", "hello"), "'hello' is neither a file")
     path = tmp_path / "x.recipe"
     path.write_bytes(b"a=q8_0\xff")
     one_line(run("recipes", "import", path), "cannot be read")
     path.write_text("a=q8_0\nb(=q8_0\n")
     one_line(run("recipes", "import", path), f"{path}, line 2: pattern 'b(' is not a regular")
-    one_line(run("recipes", "import", path, "-o", path), "it is of the model")
+    one_line(run("recipes", "import", path, "-o", path), "it is a file of the model")
     one_line(run("recipes", "import", "--tensor-type", "a=q8_0"), "no option --tensor-type")

@@ -15,13 +15,13 @@ from transformers import AutoTokenizer
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.tokenizer_families import tokenizer_family
-from reap2gguf.tokenizer.caveats import PREFIX_CAVEAT
+from reap2gguf.tokenizer.caveats import NO_BOS_CAVEAT, PREFIX_CAVEAT
 from reap2gguf.tokenizer.check import check_tokenizer
 from reap2gguf.tokenizer.gguf_keys import add_tokenizer
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 from tests.tiny import REPOSITORY
 from tests.tokenizer.families import PUBLISHED, Published, plain
-from tests.tokenizer.small import llama_cpp_tokenizer, mixed_text
+from tests.tokenizer.small import llama_cpp_tokenizer, loaded_by_llama_cpp, mixed_text
 
 # what llama.cpp's converter (commit 0c1e570) writes for each, its guess of `pre` replaced
 EXPECTED = json.loads((REPOSITORY / "tests" / "data" / "tokenizer-keys.json").read_text())
@@ -134,3 +134,29 @@ def test_overlapping_tokens_of_minimax_are_told(tmp_path: Path) -> None:
     assert any(re.match(said, caveat) for caveat in check_tokenizer(tmp_path, size, family))
     with pytest.raises(UnsupportedModelError, match=r"can overlap in a text.*rename one of them"):
         check_tokenizer(tmp_path, size, replace(family, may_overlap=False))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2"])
+def test_a_bos_that_only_tokenizer_config_asks_for_is_said(name: str, tmp_path: Path) -> None:
+    """transformers 5 and llama.cpp put none, and the flag that the user is told of puts it."""
+    (published,) = (one for one in PUBLISHED if one.name == name)
+    published.write(tmp_path)
+    size, family = published.vocab_size, tokenizer_family(published.model_type)
+    assert NO_BOS_CAVEAT in check_tokenizer(tmp_path, size, family)
+    bos = published.ids["bos_token_id"]
+    loaded = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert loaded.encode("a b")[0] != bos
+    with llama_cpp_tokenizer(tmp_path, size, family) as llama:
+        assert llama.encode("a b", add_special=True)[0] != bos
+    writer = GGUFWriter(tmp_path / "asked.gguf", "qwen3moe")
+    add_tokenizer(writer, tmp_path, size, family)
+    key = "tokenizer.ggml.add_bos_token"
+    assert f"--override-kv {key}=bool:true" in NO_BOS_CAVEAT
+    assert not writer.kv_data[0].pop(key).value
+    writer.add_add_bos_token(True)
+    with loaded_by_llama_cpp(writer, tmp_path / "asked.gguf") as llama:
+        assert llama.encode("a b", add_special=True)[0] == bos
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({**published.config, "add_bos_token": False})
+    )
+    assert NO_BOS_CAVEAT not in check_tokenizer(tmp_path, size, family)

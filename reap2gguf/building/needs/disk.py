@@ -105,7 +105,7 @@ def disk_needs(
     companions += plan.source.later_bytes
     columns = 2 * facts.expert_io_width + facts.expert_width
     imatrix = 2 * 4 * len(facts.moe_layers) * (plan.target.n_kept + _COUNTED) * columns
-    files = sum(recipe.n_bytes for recipe in plan.recipes)
+    files = sum(sum(plan.file_sizes(recipe)) for recipe in plan.recipes)
     files += sum(side_bytes(side) for side in plan.side_files)
     observed = _OBSERVED_BYTES * facts.n_experts * len(facts.moe_layers)
     if plan.takes_sums:  # gate and up share theirs

@@ -73,7 +73,7 @@ def _torch_has_cuda() -> bool:
     try:
         return not version("torch").endswith("+cpu")
     except PackageNotFoundError:
-        return False
+        return False  # no torch: the first pass says so
 
 
 def _ask(nvml: ctypes.CDLL, number: int) -> Gpu | None:
@@ -128,4 +128,4 @@ def _free(folder: Path) -> int:
     try:
         return shutil.disk_usage(folder).free
     except OSError:
-        return 0
+        return 0  # a disk that does not answer takes no files: the plan says that there is no room

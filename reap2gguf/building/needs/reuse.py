@@ -79,6 +79,7 @@ def _find(run: Run) -> Reused:
         if _may_reuse(run):
             known = _add_done(run, texts, done, known)
     except (Reap2ggufError, OSError):
+        # what is kept cannot be read: the build makes it again, and says why
         del done[is_there:]
     written = work.written_bytes()
     return Reused(tuple(done), found, None, written, coverage=known)
@@ -112,7 +113,7 @@ def _shared_texts(stage: ReadTexts) -> Texts | None:
         stage.key = stage.make_key()
         return Texts.load(stage.path) if stage.path.is_file() else None
     except (Reap2ggufError, OSError):
-        return None
+        return None  # the stage reads the texts again, and says what is wrong with them
 
 
 def _add_done(

@@ -246,7 +246,7 @@ def _disk(folder: Path) -> tuple[float | None, float | None]:
             file.read()
             return written, _FILE_BYTES / (time.perf_counter() - begun)
     except OSError:
-        return None, None
+        return None, None  # a disk without room, or a folder that is not to be written
 
 
 def _bounded(speed: Speed) -> Speed:
@@ -275,7 +275,7 @@ def _cache_file() -> Path:
     try:
         label = load_ggml().label
     except Reap2ggufError:
-        label = ""
+        label = ""  # no libggml: whoever quantizes says so
     kernels = load_kernels()
     made_by = (label, "" if kernels is None else kernels.target)
     what = (_processor(), available_threads(), __version__, np.__version__, *made_by)
@@ -286,7 +286,7 @@ def _cache_file() -> Path:
 
 def _processor() -> str:
     """The processor's name."""
-    with suppress(OSError):
+    with suppress(OSError):  # Linux alone has this file
         for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             if line.startswith("model name"):
                 return f"{line} {platform.node()}"
@@ -300,7 +300,7 @@ def _read(path: Path) -> Speed | None:
             return None
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return None
+        return None  # they are measured again
     names = {one.name for one in fields(Speed)}
     if not isinstance(values, dict) or values.keys() != names:
         return None

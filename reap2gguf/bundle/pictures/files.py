@@ -23,12 +23,14 @@ from reap2gguf.bundle.pictures.canvas import (
     steps,
 )
 from reap2gguf.bundle.pictures.sizes import Level, Series, SizePoint, sizes_picture
+from reap2gguf.bundle.wording import PRUNED
 from reap2gguf.gguf_files.tensor_types import block_of, type_of_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from reap2gguf.bundle.evaluation import Estimate
+    from reap2gguf.bundle.wording import Wording
 
 _LEFT = 0.85  # inches
 _BITS = (1, 2, 3, 4, 5, 6, 8, 16)  # at which the colours of bits per weight change evenly
@@ -70,25 +72,29 @@ class FileTypes:
     tensors: Mapping[str, str]
 
 
-def quality_picture(files: Sequence[FilePoint], pruning: Estimate | None) -> bytes:
+def quality_picture(
+    files: Sequence[FilePoint], pruning: Estimate | None, words: Wording | None = PRUNED
+) -> bytes:
     """KL divergence against size: of each file from the pruned model, and from the source.
 
-    `pruning` is the divergence of the pruned model from the source, where anything was pruned.
+    `pruning` is the divergence of the pruned model from the source, where anything was pruned;
+    `words` say what was done to its experts; None: all are there.
     """
     from_source = _points((one, one.from_source) for one in files)
-    series = [Series("from the source: quantizing", BLUE, from_source, "s")]
-    if pruning is not None:
+    what = "quantizing" if words is None else "what you feel"
+    series = [Series(f"from the source: {what}", BLUE, from_source, "s")]
+    if pruning is not None and words is not None:
         from_pruned = _points((one, one.from_pruned) for one in files)
         series = [
             Series("from the source: what you feel", ORANGE, from_source),
-            Series("from the pruned model: quantizing alone", BLUE, from_pruned, "s"),
+            Series(f"from the {words.model} model: quantizing alone", BLUE, from_pruned, "s"),
         ]
     return sizes_picture(
         "KL divergence against size of the files",
         ["Mean over the tokens of the evaluation, with its standard error; lower is closer."],
         "KL divergence, nats",
         series,
-        None if pruning is None else Level("pruning alone", pruning),
+        None if pruning is None or words is None else Level(f"{words.act} alone", pruning),
     )
 
 

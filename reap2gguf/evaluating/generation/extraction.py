@@ -155,7 +155,7 @@ def _failed_line(code: str) -> int | None:
     except SyntaxError as error:
         return error.lineno or 1
     except (ValueError, MemoryError, RecursionError):
-        return 1
+        return 1  # a NUL, or nested deeper than the parser goes: it names no line
     return None
 
 

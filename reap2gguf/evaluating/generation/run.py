@@ -123,7 +123,7 @@ def run_generation(
     options = spec.generator_options()
     for variant in variants:
         if not is_plain_name(variant.name):
-            raise UsageError(f"{shown(variant.name)} is no name of a variant; rename the file")
+            raise UsageError(f"{shown(variant.name)} cannot name a variant; rename the file")
         if variant.path.is_dir() and spec.generate_with == "vllm":
             check_vllm()
     guards = _announced(spec, progress) if spec.run_code else ()

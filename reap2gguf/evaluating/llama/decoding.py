@@ -139,7 +139,7 @@ class Context:
             raise LlamaCppError(f"it cannot compute a batch of {at:,} tokens (status {status})")
 
     def wait(self) -> None:
-        """Until all is computed: a GPU works on while this process goes on."""
+        """Wait until all is computed: a GPU computes beside this process."""
         self._library.llama_synchronize(self._context)
 
     def logits(self, count: int) -> Floats:

@@ -120,70 +120,72 @@ def _length_of(folder: Path, tokenizer: Any) -> int:
     return found
 
 
+class _Encoder:
+    """lm-eval's model without a model: its `loglikelihood` returns contexts and continuations.
+
+    These are the methods that `TemplateLM`, which divides texts, wants of a model; here is what
+    `hf` does with special tokens.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self._prefix_text = tokenizer.decode(self.prefix_token_id)
+        self._encoded = lru_cache(_CONTEXTS)(self._encode)
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return int(bos) if bos is not None else self.eot_token_id
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        # a text that begins with the token already gets no second one
+        if add_special_tokens is None and string.startswith(self._prefix_text):
+            add_special_tokens = False
+        return list(self._encoded(string, add_special_tokens))
+
+    def _encode(self, text: str, adds: bool | None) -> list[int]:
+        options = {} if adds is None else {"add_special_tokens": adds}
+        with panics_as(EvaluationError, f"the tokenizer fails on {shown(text)}"):
+            return list(self.tokenizer.encode(text, **options))
+
+    def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[Any]:
+        return [(context, continuation) for _, context, continuation in requests]
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[Any]:
+        """Windows of each text: pairs of a context and what is scored after it."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        return [
+            [
+                make_disjoint_window(window)
+                for window in get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0]),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length,
+                    context_len=1,
+                )
+            ]
+            for request in requests
+        ]
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
+        raise EvaluationError("a streamed evaluation cannot generate text")
+
+
 @cache
 def _encoder_class() -> type[Any]:
-    """The class, made when it is needed: lm-eval is an optional library."""
+    """The encoder as a model of lm-eval, made when it is needed: the library is optional."""
     from lm_eval.api.model import TemplateLM
 
-    class Encoder(TemplateLM):  # type: ignore[misc]
-        """lm-eval's model without a model: its `loglikelihood` returns contexts and continuations.
-
-        `TemplateLM` divides texts; here is what `hf` does with special tokens.
-        """
-
-        def __init__(self, tokenizer: Any, max_length: int) -> None:
-            super().__init__()
-            self.tokenizer = tokenizer
-            self.max_length = max_length
-            self._prefix_text = tokenizer.decode(self.prefix_token_id)
-            self._encoded = lru_cache(_CONTEXTS)(self._encode)
-
-        @property
-        def eot_token_id(self) -> int:
-            return int(self.tokenizer.eos_token_id)
-
-        @property
-        def prefix_token_id(self) -> int:
-            bos = self.tokenizer.bos_token_id
-            return int(bos) if bos is not None else self.eot_token_id
-
-        def tok_encode(
-            self, string: str, add_special_tokens: bool | None = None, **_: Any
-        ) -> list[int]:
-            # a text that begins with the token already gets no second one
-            if add_special_tokens is None and string.startswith(self._prefix_text):
-                add_special_tokens = False
-            return list(self._encoded(string, add_special_tokens))
-
-        def _encode(self, text: str, adds: bool | None) -> list[int]:
-            options = {} if adds is None else {"add_special_tokens": adds}
-            with panics_as(EvaluationError, f"the tokenizer fails on {shown(text)}"):
-                return list(self.tokenizer.encode(text, **options))
-
-        def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[Any]:
-            return [(context, continuation) for _, context, continuation in requests]
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[Any]:
-            """Windows of each text: pairs of a context and what is scored after it."""
-            from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-            return [
-                [
-                    make_disjoint_window(window)
-                    for window in get_rolling_token_windows(
-                        token_list=self.tok_encode(request.args[0]),
-                        prefix_token=self.prefix_token_id,
-                        max_seq_len=self.max_length,
-                        context_len=1,
-                    )
-                ]
-                for request in requests
-            ]
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
-            raise EvaluationError("a streamed evaluation cannot generate text")
-
-    return Encoder
+    return type("Encoder", (_Encoder, TemplateLM), {})
 
 
 def encode(encoder: Any, name: str, requests: Iterable[Request], into: Encoded) -> int:

@@ -1,6 +1,6 @@
 """Compiles all variants of a kernel that Triton is about to try, at the same time.
 
-Triton's autotuner compiles a variant, times it, and goes on to the next. flash-linear-attention has
+Triton's autotuner compiles a variant, times it, and takes the next one. flash-linear-attention has
 59 variants of six kernels: one after another they took 49 s on a machine of 16 cores
 (bench/RESULTS.md). Here the compilers of all variants run beside each other, before the first one
 is timed, and each is timed for a few milliseconds instead of 125 (9 s for all 59 became 3). What is

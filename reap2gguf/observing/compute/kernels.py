@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -15,12 +16,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from reap2gguf.errors import DependencyError
+
 _ROW_GROUPS = 128  # parts of a sum over all rows, enough to keep a GPU busy
 
 
 @cache
 def _triton() -> tuple[ModuleType, ModuleType, ModuleType, ModuleType] | None:
-    """Triton kernels of a layer, experts, convolutions, saliency; None if it is not installed."""
+    """Triton kernels of a layer, experts, convolutions, saliency; None if it is not installed.
+
+    Raises DependencyError if it is, and does not load.
+    """
+    if find_spec("triton") is None:
+        return None
     try:
         from reap2gguf.observing.compute import (
             triton_convolution,
@@ -28,8 +36,11 @@ def _triton() -> tuple[ModuleType, ModuleType, ModuleType, ModuleType] | None:
             triton_kernels,
             triton_saliency,
         )
-    except ImportError:
-        return None
+    except ImportError as error:
+        raise DependencyError(
+            f"Triton is installed and does not load ({error}); install it again, or remove it to "
+            "compute without it"
+        ) from error
     return triton_kernels, triton_experts, triton_convolution, triton_saliency
 
 

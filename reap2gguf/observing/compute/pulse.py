@@ -88,7 +88,7 @@ class Pulse:
     def why_lost(self) -> str:
         """What to say when a connection is lost: the other process's own words, if it left any."""
         for number in self._others:
-            with suppress(RuntimeError):
+            with suppress(RuntimeError):  # the store is gone, with what was left there
                 if self._store.check([f"word/{number}"]):
                     word = self._store.get(f"word/{number}").decode("utf-8", "replace")
                     return f"{self.name_of(number)} ended: {word}"

@@ -263,7 +263,7 @@ def _end(process: _Process) -> None:
     running = process.running
     for stream in (running.stdin, running.stdout):
         if stream is not None:
-            with suppress(OSError):
+            with suppress(OSError):  # what was not yet sent, to a process that has ended
                 stream.close()
     try:
         running.wait(1)

@@ -211,14 +211,16 @@ class Stream:
 
 
 def _load() -> ctypes.CDLL:
+    """The driver's library, under the first name that it has here. Raises CudaError."""
+    problems: list[str] = []
     for name in _LIBRARIES:
         try:
             library = ctypes.CDLL(name)
             for function in _NAMES:
                 getattr(library, function).restype = ctypes.c_int
             return library
-        except OSError:
-            continue  # not here under this name
+        except OSError as error:  # not here under this name, or not to be loaded
+            problems.append(str(error))
         except AttributeError as error:
             raise CudaError(f"{name}: too old ({error})") from error
-    raise CudaError("no CUDA driver was found")
+    raise CudaError(f"no CUDA driver was found ({problems[0]})")

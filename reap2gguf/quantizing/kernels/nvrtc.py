@@ -98,6 +98,7 @@ def _options(arch: str, definitions: Sequence[str], registers: int) -> list[str]
 
 def load_compiler() -> Compiler:
     """The NVRTC that came with torch, else one of a CUDA toolkit. Raises CompileError."""
+    problems: list[str] = []
     for path in [*_candidates(), "libnvrtc.so"]:
         try:
             for builtins in Path(path).parent.glob("libnvrtc-builtins.so*"):
@@ -107,9 +108,10 @@ def load_compiler() -> Compiler:
             major, minor = ctypes.c_int(), ctypes.c_int()
             if library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)) == 0:
                 return Compiler(path, (major.value, minor.value), library)
-        except (OSError, AttributeError):
-            continue  # not complete, or of another system
-    raise CompileError("NVRTC was not found: it comes with CUDA builds of torch")
+            problems.append(f"{path}: does not tell its version")
+        except (OSError, AttributeError) as error:  # not there, not complete, of another system
+            problems.append(str(error))
+    raise CompileError(f"NVRTC was not found ({problems[0]}): it comes with CUDA builds of torch")
 
 
 def _candidates() -> Iterator[str]:
@@ -155,7 +157,7 @@ def read_cached(path: Path) -> bytes | None:
                 return None
         data = read_entry(path, _MOST_BYTES)
     except OSError:
-        return None
+        return None  # it is compiled again
     digest, code = data[:32], data[32:]
     return code if digest == hashlib.sha256(code).digest() else None
 

@@ -177,7 +177,7 @@ def test_options_that_cannot_be(scripted: GenerationVariant, tmp_path: Path) -> 
         with pytest.raises(UsageError, match=message):
             run_generation(spec, [scripted], tmp_path / "work", Silent())
     other = GenerationVariant("../x", scripted.path)
-    with pytest.raises(UsageError, match="no name of a variant"):
+    with pytest.raises(UsageError, match="cannot name a variant"):
         run_generation(GenerationSpec(), [other], tmp_path / "work", Silent())
 
 

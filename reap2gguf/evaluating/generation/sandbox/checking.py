@@ -120,7 +120,7 @@ def check(code: str, test: Judging, limits: Limits, required: Sequence[str] = GU
         if not set(required) <= set(candidate.guards):
             raise DependencyError(
                 f"the process for programs of models holds {candidate.guards}, expected "
-                f"{list(required)}; run the command again, and report it if it stays"
+                f"{list(required)}; run the command again, and report it if it fails again"
             )
         reason = candidate.judged(test)
     return Verdict(reason == PASSED, reason)
@@ -310,6 +310,7 @@ def _read(
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a process, and those that it started where nothing kept it from that."""
+    # the group has ended; macOS says EPERM of one that nobody has waited for
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()

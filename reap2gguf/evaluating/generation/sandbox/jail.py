@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import resource
 import signal
@@ -23,6 +24,10 @@ GUARDS = (NETWORK, FILES, PROCESSES, SIGNALS)
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 _CAPABILITY_VERSION = 0x20080522
+# Why a try may fail that shows a guard at work: other errors, such as too many open files, do not.
+_REFUSED = (errno.EPERM, errno.EACCES)
+_NO_SUCH_NETWORK = (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
+_NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EROFS)
 
 
 def enter(setup: Mapping[str, Any]) -> list[str]:
@@ -67,6 +72,7 @@ def _set_limits(setup: Mapping[str, Any]) -> None:
         if which == resource.RLIMIT_AS and sys.platform != "linux":
             continue
         resource.setrlimit(which, (bounded, bounded))
+    # a system may not have this limit; whether a process can be made is tried below
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
 
@@ -81,10 +87,9 @@ def _has_no_network() -> bool:
     for family in (socket.AF_INET, socket.AF_UNIX):
         try:
             socket.socket(family, socket.SOCK_DGRAM).close()
-        except PermissionError:
-            continue
-        except OSError:
-            continue  # no such network on this machine
+        except OSError as error:
+            if error.errno in (*_REFUSED, *_NO_SUCH_NETWORK):
+                continue
         return False
     return True
 
@@ -98,8 +103,10 @@ def _has_no_files(folder: str) -> bool:
     ):
         try:
             os.close(os.open(path, flags, 0o600))
-        except OSError:
-            continue
+        except OSError as error:
+            if error.errno in (*_REFUSED, *_NO_SUCH_FILE):
+                continue
+            return False
         if flags & os.O_CREAT:
             os.unlink(path)
         return False
@@ -109,8 +116,9 @@ def _has_no_files(folder: str) -> bool:
 def _cannot_fork() -> bool:
     try:
         child = os.fork()
-    except OSError:
-        return True
+    except OSError as error:
+        # the filter says EPERM, and the limit of processes EAGAIN
+        return error.errno in (*_REFUSED, errno.EAGAIN)
     if child == 0:
         os._exit(0)
     os.waitpid(child, 0)
@@ -120,6 +128,6 @@ def _cannot_fork() -> bool:
 def _cannot_signal(parent: int) -> bool:
     try:
         os.kill(parent, 0)
-    except OSError:
-        return True
+    except OSError as error:
+        return error.errno in _REFUSED
     return False

@@ -28,7 +28,7 @@ _PIECE = 2**16
 
 
 class StoppedError(BaseException):
-    """The candidate cannot go on, and why. No `except Exception` of a test catches it."""
+    """The candidate cannot continue, and why. No `except Exception` of a test catches it."""
 
 
 class Candidate:
@@ -46,7 +46,7 @@ class Candidate:
         self._processor_time()
         self._left = seconds
         self._received = bytearray()
-        self.problem = ""  # why it cannot go on; empty while it can
+        self.problem = ""  # why it cannot continue; empty while it can
         for descriptor in (requests, answers):
             os.set_blocking(descriptor, False)
 

@@ -14,14 +14,15 @@ import torch
 from safetensors.torch import load_file
 
 from reap2gguf.api.builds import estimate
-from reap2gguf.building.history import read_history
 from reap2gguf.building.pipeline import BuildResult
 from reap2gguf.building.plan import make_plan
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
-from reap2gguf.terminal.plan_views import plan_as_json, plan_lines
+from reap2gguf.pruning.history import read_history
+from reap2gguf.terminal.plan_json import plan_as_json
+from reap2gguf.terminal.plan_views import plan_lines
 from reap2gguf.verifying.bundle import verify_bundle
 from tests.building.builds import build, options
 from tests.tiny import TinyQwen3Moe

@@ -11,12 +11,12 @@ import pytest
 
 import reap2gguf
 from reap2gguf.api.builds import estimate
-from reap2gguf.building.given_kept import check_kept_map, read_kept_map
 from reap2gguf.building.plan import make_plan
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.errors import ArtifactError, Reap2ggufError, UsageError
 from reap2gguf.models.description import ModelFacts
 from reap2gguf.progress import Silent
+from reap2gguf.pruning.given_kept import check_kept_map, read_kept_map
 from reap2gguf.terminal.plan_views import plan_lines
 from reap2gguf.verifying.bundle import verify_bundle
 from reap2gguf.verifying.context import Strictness
