@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3.5-35b-a3b")
     parser.add_argument("--layers", type=int, default=4, help="to be measured")
-    parser.add_argument("--experts", type=int, help="other than the model's, for a trial")
+    parser.add_argument("--experts", type=int, help="few, with a small vocabulary: a trial")
     parser.add_argument("--rows", type=int, default=PROBE_CHUNKS)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=available_threads())
@@ -110,7 +110,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         others = {"vocab_size": config["vocab_size"]}
         if arguments.experts is not None:
-            others["num_experts"] = arguments.experts
+            others = {"vocab_size": VOCABULARY, "num_experts": arguments.experts}
         write_apart(arguments.shape, arguments.layers, folder, same_layers=True, **others)
     random = np.random.default_rng(0)
     tokens = random.integers(0, VOCABULARY, (arguments.rows, PROBE_CHUNK)).astype(np.int32)
