@@ -27,18 +27,12 @@ if TYPE_CHECKING:
     from reap2gguf.api.imatrices import imatrix_statistics, merge_imatrices, slice_imatrix
     from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.observations import merge_observations
+    from reap2gguf.api.pruning import PruneResult, prune, select
+    from reap2gguf.api.quantizing import QuantizeResult, quantize
     from reap2gguf.api.recipes import compare_recipes, recipe_table
     from reap2gguf.api.reporting import report
     from reap2gguf.api.selecting import Selection
-    from reap2gguf.api.stages import (
-        PruneResult,
-        QuantizeResult,
-        imatrix,
-        observe,
-        prune,
-        quantize,
-        select,
-    )
+    from reap2gguf.api.stages import imatrix, observe
     from reap2gguf.artifacts.observations import Observations
     from reap2gguf.building.needs.estimate import Estimate
     from reap2gguf.building.plan import Plan
@@ -55,15 +49,10 @@ if TYPE_CHECKING:
     from reap2gguf.gguf_source.inspection import GgufInspection
     from reap2gguf.importing.from_file import FoundRecipe
     from reap2gguf.importing.imported import ImportedRecipe
-    from reap2gguf.options import (
-        BuildOptions,
-        CalibrationOptions,
-        CheckQuants,
-        ComputeOptions,
-        RecipeText,
-    )
+    from reap2gguf.options import BuildOptions, CalibrationOptions, CheckQuants, ComputeOptions
     from reap2gguf.progress import ProgressEvent
     from reap2gguf.pruning.inspection import BundleInspection, ObservationsInspection
+    from reap2gguf.quantizing.named import RecipeText
     from reap2gguf.quantizing.role_table import RecipeDifference, RecipeTable
     from reap2gguf.verifying.report import VerifyReport
 
@@ -143,19 +132,13 @@ _HOMES = {
     "api.fitting": ("FitResult", "fit_recipe"),
     "api.foreign_recipes": ("import_recipe", "recipe_of"),
     "api.inspecting": ("inspect",),
+    "api.pruning": ("PruneResult", "prune", "select"),
+    "api.quantizing": ("QuantizeResult", "quantize"),
     "api.recipes": ("compare_recipes", "recipe_table"),
     "api.observations": ("merge_observations",),
     "api.reporting": ("report",),
     "api.selecting": ("Selection",),
-    "api.stages": (
-        "PruneResult",
-        "QuantizeResult",
-        "imatrix",
-        "observe",
-        "prune",
-        "quantize",
-        "select",
-    ),
+    "api.stages": ("imatrix", "observe"),
     "artifacts.observations": ("Observations",),
     "building.needs.estimate": ("Estimate",),
     "building.slicing": ("SlicedImatrix",),
@@ -172,15 +155,10 @@ _HOMES = {
     "gguf_source.inspection": ("GgufInspection",),
     "importing.from_file": ("FoundRecipe",),
     "importing.imported": ("ImportedRecipe",),
-    "options": (
-        "BuildOptions",
-        "CalibrationOptions",
-        "CheckQuants",
-        "ComputeOptions",
-        "RecipeText",
-    ),
+    "options": ("BuildOptions", "CalibrationOptions", "CheckQuants", "ComputeOptions"),
     "progress": ("ProgressEvent",),
     "pruning.inspection": ("BundleInspection", "ObservationsInspection"),
+    "quantizing.named": ("RecipeText",),
     "quantizing.role_table": ("RecipeDifference", "RecipeTable"),
     "verifying.report": ("VerifyReport",),
 }

@@ -13,12 +13,13 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf.disk.lock import Held, hold
 from reap2gguf.disk.write_back import WriteBack
 from reap2gguf.errors import OutputError
 from reap2gguf.files import open_entry, what_it_is
@@ -177,6 +178,29 @@ def open_own(path: Path) -> int:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a file of this program alone; remove it")
     return descriptor
+
+
+@contextmanager
+def locked(
+    path: Path, shown: Path, busy: Callable[[str], str], *, keeps_file: bool = False
+) -> Iterator[None]:
+    """Hold the lock of the file `path` while the context is open; the file is removed at the end.
+
+    Raises OutputError, with what `busy` makes of the number of the process that holds it, if there
+    is one; and about `shown` if the file cannot be made.
+    """
+    try:
+        with output_errors(path if os.path.lexists(path) else shown):
+            descriptor = hold(path, open_own)
+    except Held as error:
+        raise OutputError(busy(str(error))) from error
+    try:
+        yield
+    finally:
+        if not keeps_file:
+            with suppress(OSError):  # a lock that nobody holds is in nobody's way
+                path.unlink()
+        os.close(descriptor)
 
 
 def write_whole(path: Path, data: Bytes | str) -> None:

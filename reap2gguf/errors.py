@@ -2,6 +2,7 @@
 
     Reap2ggufError                  exit code 2
     ├── UsageError                  arguments contradict each other or the model
+    │   └── ParameterError          a parameter has a value that it cannot have
     ├── SourceError                 the model cannot be found or fetched
     ├── CheckpointError             a checkpoint's files are broken or incomplete
     │   └── UnknownTensorError      a stored tensor matches no rule
@@ -31,6 +32,17 @@ class Reap2ggufError(Exception):
 
 class UsageError(Reap2ggufError):
     """Arguments contradict each other or the model, such as more experts kept than there are."""
+
+
+class ParameterError(UsageError):
+    """A parameter has a value that it cannot have; `names` are the parameters in the message.
+
+    The command line says the options that set them instead.
+    """
+
+    def __init__(self, message: str, *names: str) -> None:
+        super().__init__(message)
+        self.names = names
 
 
 class SourceError(Reap2ggufError):

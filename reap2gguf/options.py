@@ -7,19 +7,30 @@ get the same checks as the command line.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
-from reap2gguf.choosing.names import AUTO, BUILD_METHODS, check_candidates, merging_of
-from reap2gguf.errors import UsageError
-from reap2gguf.fitting.target import DEFAULT_SENSITIVITY, SENSITIVITIES, SizeTarget
-from reap2gguf.fitting.target import WEIGHED_SENSITIVITY as WEIGHED_BY
+from reap2gguf.choosing.names import AUTO, BUILD_METHODS, check_build_candidates
+from reap2gguf.errors import ParameterError, UsageError
+from reap2gguf.fitting.target import (
+    DEFAULT_SENSITIVITY,
+    SENSITIVITIES,
+    WEIGHED_SENSITIVITY,
+    SizeTarget,
+)
 from reap2gguf.machine import available_threads
 from reap2gguf.pruning.counts import WEIGHED, check_asked, check_counts, check_weighed
 from reap2gguf.pruning.protection import Protection, read_pinned
+from reap2gguf.quantizing.named import (
+    DEFAULT_RECIPES,
+    RecipeText,
+    check_labels,
+    check_tensor_types,
+    named_recipes,
+)
 
 MTP_CHOICES = ("prune", "drop")
 REPAIR_CHOICES = ("none", "ridge", "scale")
@@ -45,22 +56,22 @@ class CheckQuants(Enum):
         return {"all": 1.0, "sample": 0.001, "none": 0.0}[self.value]
 
 
-DEFAULT_RECIPE = "Q4_K_M"
-DEFAULT_RECIPES = (DEFAULT_RECIPE,)  # this object: none was named
 _Kind = TypeVar("_Kind")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise UsageError for a value that is not one of the choices."""
     if value not in choices:
-        raise UsageError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+        raise ParameterError(f"{name} is {value!r}, expected one of {', '.join(choices)}", name)
 
 
 def check_number(name: str, value: object, low: int, high: int = 2**31 - 1) -> int:
     """The same number. Raise UsageError if it is not a whole number from `low` to `high`."""
     if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
         return value
-    raise UsageError(f"{name} is {value!r}, expected a whole number from {low} to {high:,}")
+    raise ParameterError(
+        f"{name} is {value!r}, expected a whole number from {low} to {high:,}", name
+    )
 
 
 def check_quants_of(value: object) -> CheckQuants:
@@ -74,13 +85,13 @@ def check_quants_of(value: object) -> CheckQuants:
 def check_bool(name: str, value: object) -> None:
     """Raise UsageError for a value that is neither True nor False."""
     if not isinstance(value, bool):
-        raise UsageError(f"{name} is {value!r}, expected True or False")
+        raise ParameterError(f"{name} is {value!r}, expected True or False", name)
 
 
 def check_kind(name: str, value: object, kind: type) -> None:
     """Raise UsageError for a value that is not of a class."""
     if not isinstance(value, kind):
-        raise UsageError(f"{name} is {value!r}, expected a value of {kind.__name__}")
+        raise ParameterError(f"{name} is {value!r}, expected a value of {kind.__name__}", name)
 
 
 def given_or_new(name: str, value: _Kind | None, kind: type[_Kind]) -> _Kind:
@@ -102,86 +113,8 @@ def check_path(name: str, value: object) -> Path:
     """A path from a text or a path. Raise UsageError for anything else, and for NUL characters."""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(text, str) or "\0" in text:
-        raise UsageError(f"{name} is {value!r}, expected a path")
+        raise ParameterError(f"{name} is {value!r}, expected a path", name)
     return Path(text)
-
-
-def check_labels(labels: object) -> dict[str, str]:
-    """Labels by recipe. Raise UsageError if they are not a mapping of texts."""
-    if isinstance(labels, Mapping):
-        found = dict(labels)
-        if all(isinstance(text, str) for entry in found.items() for text in entry):
-            return found
-    raise UsageError(f"labels is {labels!r}, expected a mapping from recipes to labels")
-
-
-@dataclass(frozen=True)
-class RecipeText:
-    """A recipe as TOML text, such as a manifest records it."""
-
-    name: str
-    text: str
-    label: str | None = None  # in place of the one in the text
-
-
-def _recipes(given: object, may_be_none: bool = False) -> tuple[str | RecipeText, ...]:
-    """Recipes by name, path or text. Raise UsageError if they are none."""
-    if isinstance(given, str | os.PathLike | RecipeText):
-        given = (given,)
-    if not isinstance(given, Iterable) or isinstance(given, bytes):
-        raise UsageError(f"recipes is {given!r}, expected names or paths of recipes")
-    recipes = tuple(given)
-    if not recipes and not may_be_none:
-        raise UsageError("recipes is empty, expected at least one recipe, such as Q4_K_M")
-    found: list[str | RecipeText] = []
-    for recipe in recipes:
-        found += [recipe] if isinstance(recipe, RecipeText) else split_recipes(recipe)
-    return DEFAULT_RECIPES if given is DEFAULT_RECIPES else tuple(found)
-
-
-def split_recipes(recipe: object) -> list[str]:
-    """The names in a list with commas, such as "Q4_K_M,Q8_0"; an existing path is one name.
-
-    Raise UsageError if it is not a text or a path, or holds NUL, or has nothing between two commas.
-    """
-    name = check_recipe(recipe)
-    if "\0" in name:
-        raise UsageError(f"recipe is {name!r}, expected text without NUL characters")
-    if "," not in name or os.path.exists(os.path.expanduser(name)):
-        return [name]
-    names = [part.strip() for part in name.split(",")]
-    if "" in names:
-        raise UsageError(f"recipe is {name!r}, expected names with commas between them")
-    return names
-
-
-def one_recipe(recipe: object) -> str:
-    """A recipe's name or path. Raise UsageError if it is neither, and for a list of names."""
-    names = split_recipes(recipe)
-    if len(names) > 1:
-        raise UsageError(
-            f"recipe is {recipe!r}, expected one recipe for one file; `reap2gguf build` writes "
-            "several files"
-        )
-    return names[0]
-
-
-def check_recipe(recipe: object) -> str:
-    """A recipe's name or path as text. Raise UsageError if it is neither."""
-    if not isinstance(recipe, str | os.PathLike):
-        raise UsageError(f"recipe is {recipe!r}, expected the name or path of a recipe")
-    return str(recipe)
-
-
-def check_tensor_types(given: object) -> tuple[str, ...]:
-    """Texts PATTERN=TYPE, from a list or a mapping. Raise UsageError for anything else."""
-    if isinstance(given, Mapping):
-        given = [f"{pattern}={name}" for pattern, name in given.items()]
-    if isinstance(given, Iterable) and not isinstance(given, str | bytes):
-        found = tuple(given)
-        if all(isinstance(text, str) for text in found):
-            return found
-    raise UsageError(f"tensor_types is {given!r}, expected a list such as ['attn_v=Q5_K']")
 
 
 @dataclass(frozen=True)
@@ -198,7 +131,9 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         if not isinstance(self.spec, str | os.PathLike):
-            raise UsageError(f"spec is {self.spec!r}, expected a mix, a dataset or a path")
+            raise ParameterError(
+                f"spec is {self.spec!r}, expected a mix, a dataset or a path", "spec"
+            )
         object.__setattr__(self, "spec", str(self.spec))
         if self.samples is not None:
             check_number("samples", self.samples, 1)
@@ -300,13 +235,14 @@ class BuildOptions:
     target_bpw: float | None = None  # bits per weight
     fit: int | None = None  # bytes of a GPU's memory
     fit_context: int | None = None  # tokens that it holds beside the file; None: 8192
-    sensitivity: str | None = None  # of errors, table or measured; None: as each purpose has it
+    # how errors of tensors are weighed: table or measured; None: as is best for each purpose
+    sensitivity: str | None = None
     evaluate: str = "auto"  # whether quality is measured: auto, always or never
 
     def __post_init__(self) -> None:
         has_target = self.target is not None  # or raises UsageError
         named = () if has_target and self.recipes is DEFAULT_RECIPES else self.recipes
-        object.__setattr__(self, "recipes", _recipes(named, may_be_none=has_target))
+        object.__setattr__(self, "recipes", named_recipes(named, may_be_none=has_target))
         object.__setattr__(self, "tensor_types", check_tensor_types(self.tensor_types))
         object.__setattr__(self, "labels", check_labels(self.labels))
         if self.model is not None:
@@ -360,7 +296,7 @@ class BuildOptions:
     @property
     def weigh_sensitivity(self) -> str:
         """The same where experts are weighed against bits."""
-        return self.sensitivity or WEIGHED_BY
+        return self.sensitivity or WEIGHED_SENSITIVITY
 
     @property
     def weighs(self) -> bool:
@@ -380,17 +316,13 @@ class BuildOptions:
     def _check_choosing(self) -> None:
         """Candidates by name; refuse what has no effect without `auto`."""
         if self.candidates is not None:
-            object.__setattr__(self, "candidates", check_candidates(self.candidates))
-            if merging := merging_of(self.candidates):
-                raise UsageError(
-                    f"candidates names {merging[0]}, which merges experts, and a build does not "
-                    "choose among merges; measure it with `reap2gguf choose`, and build with the "
-                    "method that it finds"
-                )
+            object.__setattr__(self, "candidates", check_build_candidates(self.candidates))
         needless = () if self.method == AUTO else ("candidates", "choose_text")
         for name in needless[: 1 if self.weighs else 2]:
             if getattr(self, name) is not None:
-                raise UsageError(f"{name} is for the method auto; pass it, or leave this out")
+                raise ParameterError(
+                    f"{name} is for the method auto; pass it, or leave this out", name
+                )
 
 
 @dataclass(frozen=True)
@@ -408,7 +340,7 @@ class AddOptions:
     def __post_init__(self) -> None:
         check_kind("compute", self.compute, ComputeOptions)
         object.__setattr__(self, "bundle", check_path("bundle", self.bundle))
-        recipes = _recipes(self.recipes) if self.recipes else ()
+        recipes = named_recipes(self.recipes) if self.recipes else ()
         object.__setattr__(self, "recipes", recipes)
         files = tuple(check_path("files", path) for path in self.files)
         object.__setattr__(self, "files", files)

@@ -1,8 +1,10 @@
 """What a command may write to, checked before the work.
 
-A file is written under a name of its own and then replaces what lies at the output. So an output
-that is also an input would destroy that input, and a mistyped one could replace a file of the model
-itself.
+One rule holds for all commands: an output that is there already is refused, unless the user asks to
+overwrite it, and a folder is never replaced. An unfinished output has another name, so an
+interrupted command goes on. Nothing that a command reads is ever replaced by it: an output that is
+also an input would destroy that input, and a mistyped one could replace a file of the model itself.
+While a command runs, no other one writes the same output.
 """
 
 from __future__ import annotations
@@ -10,11 +12,20 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-from reap2gguf.atomic import check_replaceable, entry_kind, output_errors, part_of, remove
+from reap2gguf.atomic import (
+    check_replaceable,
+    entry_kind,
+    locked,
+    output_errors,
+    part_of,
+    remove,
+)
 from reap2gguf.errors import OutputError, UsageError
-from reap2gguf.options import check_path
+from reap2gguf.machine import processes
+from reap2gguf.options import check_bool, check_path
 
 _JOURNAL, _STATE = ".journal", ".state"  # progress, beside the output
 _WEIGHTS = (".gguf", ".safetensors")  # of which the later parts of a model are not named
@@ -36,10 +47,56 @@ def output_path(path: object) -> Path:
 
 
 def output_file(path: object) -> Path:
-    """A file that is new, or replaces a file or link; OutputError if anything else lies there."""
+    """A file that is new, or replaces a file or link; OutputError if anything else lies there.
+
+    Whether it may replace one is for `claimed` to say.
+    """
     output = output_path(path)
     check_replaceable(output)
     return output
+
+
+@contextmanager
+def claimed(outputs: Iterable[Path | None], overwrite: bool = False) -> Iterator[None]:
+    """Keep every other process from writing the outputs while the context is open; None is none.
+
+    Of several processes of one run the first one does it for all. Raises OutputError if another
+    process writes one of them, or if one exists and is not to be overwritten.
+    """
+    check_bool("overwrite", overwrite)
+    with ExitStack() as stack:
+        given = [output for output in outputs if output is not None]
+        for output in given if processes().is_first else ():
+            stack.enter_context(alone(output))
+            check_new(output, overwrite)
+        yield
+
+
+def check_new(output: Path, overwrite: bool = False) -> None:
+    """Raise OutputError if an output exists: a folder always, anything else unless `overwrite`."""
+    if not os.path.lexists(output):
+        return
+    if output.is_dir() and not output.is_symlink():
+        raise OutputError(
+            f"{output}: exists already, and a folder is never replaced; pass another output or "
+            "move it away"
+        )
+    if not overwrite:
+        raise OutputError(
+            f"{output}: exists already; pass another output, or --overwrite to replace it"
+        )
+
+
+def alone(output: Path) -> AbstractContextManager[None]:
+    """Keep every other process from writing an output, by a hidden file beside it."""
+    return locked(
+        output.with_name(f".{output.name}.lock"),
+        output,
+        lambda process: (
+            f"{output}: another command is writing it (process {process}); wait for it, or pass "
+            "another output"
+        ),
+    )
 
 
 def keep_inputs(outputs: Iterable[Path], inputs: Sequence[Path], folder: Path) -> None:

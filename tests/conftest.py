@@ -77,10 +77,28 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(available_threads(), MOST_WORKERS)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Bring the tests of the LONGEST files to the front, in that order."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Bring the tests of the LONGEST files to the front, in that order.
+
+    Left out is what is marked `fewer` where the slow tests of the same function run as well.
+    """
+    with_slow = (
+        set() if config.option.markexpr else {_function(one) for one in items if _is(one, "slow")}
+    )
+    fewer = [one for one in items if _is(one, "fewer") and _function(one) in with_slow]
+    if fewer:
+        config.hook.pytest_deselected(items=fewer)
+        items[:] = [one for one in items if one not in fewer]
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
+def _is(item: pytest.Item, marker: str) -> bool:
+    return item.get_closest_marker(marker) is not None
+
+
+def _function(item: pytest.Item) -> str:
+    return item.nodeid.partition("[")[0]
 
 
 def pytest_collection_finish() -> None:

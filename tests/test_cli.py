@@ -141,7 +141,7 @@ HEAD = 'title = "t"\nlabel = "L"\nfile_type = "Q4_K_M"\n'
         (["nowhere", "--recipe", "q8_0", "--compression", "25"], "for 25 % pass 0.25"),
         (["nowhere", "--recipe", "q8_0", "--keep-experts", "0"], "expected 1 or more"),
         (["{tiny}", "--recipe", "q8_0", "--compression", "x"], "is neither a number"),
-        (["{tiny}", "--recipe", "q8_0,,q4km"], "expected names with commas between them"),
+        (["{tiny}", "--recipe", "q8_0,,q4km"], "expected names with commas between"),
         (["{tiny}", "--tensor-type", "none=f16"], "--tensor-type *none*=F16: matches no tensor"),
     ],
 )  # fmt: skip

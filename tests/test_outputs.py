@@ -10,8 +10,11 @@ import pytest
 
 import reap2gguf
 from reap2gguf import BuildOptions, CalibrationOptions, ComputeOptions
+from reap2gguf.cli import cli
 from reap2gguf.errors import OutputError, Reap2ggufError, UsageError
-from reap2gguf.outputs import keep_inputs, output_file, output_path
+from reap2gguf.outputs import claimed, keep_inputs, output_file, output_path
+from tests.terminal.test_help import found_command
+from tests.test_cli import all_commands
 from tests.tiny import TinyQwen3Moe
 
 CPU = ComputeOptions(device="cpu", threads=1)
@@ -32,14 +35,16 @@ def shard_of(model: Path) -> str:
     return min(file.name for file in model.glob("*.safetensors"))
 
 
-def run(command: str, model: Path, text: Path, output: Path) -> None:
+def run(command: str, model: Path, text: Path, output: Path, **more: bool) -> None:
     if command == "observe":
         calibration = CalibrationOptions(str(text))
-        reap2gguf.observe(model, output, calibration=calibration, compute=CPU)
+        reap2gguf.observe(model, output, calibration=calibration, compute=CPU, **more)
     elif command == "imatrix":
-        reap2gguf.imatrix(model, text, output, compute=CPU)
+        reap2gguf.imatrix(model, text, output, compute=CPU, **more)
+    elif command == "prune":
+        reap2gguf.prune(model, None, output, method="aimer", keep_experts=6, **more)
     else:
-        reap2gguf.quantize(model, "bf16", output)
+        reap2gguf.quantize(model, "bf16", output, **more)
 
 
 @pytest.mark.parametrize("name", ["SHARD", "config.json", "tokenizer.json"])
@@ -212,3 +217,122 @@ def test_stages_refuse_values_of_another_kind(model: Path, tmp_path: Path) -> No
         with pytest.raises(UsageError, match=r"is .*, expected"):
             make()
     assert BuildOptions(Path("r.toml")).recipes == ("r.toml",)  # type: ignore[arg-type]
+
+
+WRITES_A_BUNDLE = {
+    "build",
+    "add",
+    "plan",
+    "bundle",
+    "jobs",
+    "push",
+}  # locks and folders of their own
+
+
+def test_every_command_that_writes_a_file_can_overwrite_it() -> None:
+    """By its options: so a new command cannot forget the rule."""
+    found = []
+    for names in all_commands(cli):
+        options = {name for one in found_command(names).params for name in one.opts}
+        if "--output" in options and names[0] not in WRITES_A_BUNDLE:
+            found.append(" ".join(names))
+            assert "--overwrite" in options, names
+    assert {"observe", "imatrix compute", "quantize", "recipes fit", "report"} <= set(found)
+
+
+@pytest.mark.parametrize("command", ["observe", "imatrix", "quantize"])
+def test_what_is_there_is_not_replaced_unasked(model: Path, tmp_path: Path, command: str) -> None:
+    output, text = tmp_path / "out.gguf", tmp_path / "t.txt"
+    run(command, model, text, output)
+    before = contents(tmp_path)
+    with pytest.raises(OutputError, match=r"out\.gguf: exists already; pass another output"):
+        run(command, model, text, output)
+    assert contents(tmp_path) == before
+    output.write_bytes(b"another")
+    run(command, model, text, output, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_either_file_of_a_matrix_counts(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.dat").write_text("mine")
+    with pytest.raises(OutputError, match=r"x\.dat: exists already"):
+        run("imatrix", model, tmp_path / "t.txt", tmp_path / "x.gguf")
+    assert (tmp_path / "x.dat").read_text() == "mine"
+
+
+def test_a_file_in_a_folder_that_was_named(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    found = reap2gguf.quantize(model, "bf16", tmp_path / "out").path
+    with pytest.raises(OutputError, match=rf"{found.name}: exists already"):
+        reap2gguf.quantize(model, "bf16", tmp_path / "out")
+    assert reap2gguf.quantize(model, "bf16", tmp_path / "out", overwrite=True).path == found
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
+def test_prune_never_replaces_by_a_folder(model: Path, tmp_path: Path, kind: str) -> None:
+    output = tmp_path / "out"
+    if kind == "folder":
+        output.mkdir()
+    elif kind == "file":
+        output.write_text("mine")
+    else:
+        output.symlink_to(tmp_path / "gone")
+    with pytest.raises(OutputError, match="out: exists already"):
+        reap2gguf.prune(model, None, output, method="aimer", keep_experts=6, overwrite=True)
+    assert output.is_symlink() or output.exists()
+
+
+def test_an_interrupted_run_goes_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.gguf"
+    monkeypatch.setattr("reap2gguf.exporting.journal.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("reap2gguf.exporting.journal.MAX_TIME_SHARE", 1e9)
+    with monkeypatch.context() as broken:
+        broken.setattr("reap2gguf.exporting.gguf_export.rename", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run("quantize", model, tmp_path, output)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert {"out.gguf.part", "out.gguf.journal"} <= left
+    assert "out.gguf" not in left
+    run("quantize", model, tmp_path, output)
+    assert {path.name for path in tmp_path.iterdir()} == {"m", "t.txt", "out.gguf"}
+
+
+def _interrupt(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("command", ["observe", "imatrix", "quantize", "prune"])
+def test_two_at_once(model: Path, tmp_path: Path, command: str) -> None:
+    """The second is told who writes, and nothing of the first is touched."""
+    output, text = tmp_path / "out.gguf", tmp_path / "t.txt"
+    with claimed([output]):
+        before = contents(tmp_path)
+        with pytest.raises(
+            OutputError, match=rf"another command is writing it \(process {os.getpid()}\)"
+        ):
+            run(command, model, text, output)
+        assert contents(tmp_path) == before
+    assert not (tmp_path / ".out.gguf.lock").exists()
+    run(command, model, text, output)
+
+
+def test_prune_begins_again_after_a_kill(model: Path, tmp_path: Path) -> None:
+    """What a killed run has left beside the folder goes with the next one."""
+    (tmp_path / ".out.unfinished").mkdir()
+    (tmp_path / ".out.unfinished" / "model.safetensors").write_text("half")
+    (tmp_path / ".out.lock").write_text("1")
+    run("prune", model, tmp_path, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"m", "t.txt", "out"}
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    place = Path("/proc/self")  # root may write anywhere but on a file system that refuses it
+    with (
+        pytest.raises(OutputError, match=r"/proc/self/x: cannot be written"),
+        claimed([place / "x"]),
+    ):
+        pass
+    with claimed([None]):
+        pass

@@ -27,7 +27,7 @@ MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 
 # Modules without a test file of their own name: the file that tests them, why there, and which.
 COVERED_BY = [
-    ("terminal/test_plan_views.py", "what JSON holds of a plan", ("terminal/plan_json.py",)),
+    ("terminal/test_help.py", "names of recipes that are none", ("quantizing/named.py",)),
     (
         "building/test_requantized.py",
         "which blocks of a GGUF source stay, and what plans and cards say of them",
@@ -35,8 +35,10 @@ COVERED_BY = [
             "bundle/card_blocks.py",
             "gguf_files/blocks.py",
             "quantizing/source_blocks.py",
+            "verifying/of_gguf.py",
         ),
     ),
+    ("terminal/test_plan_views.py", "what JSON holds of a plan", ("terminal/plan_json.py",)),
     ("building/test_repair_folder.py", "a repair that was killed", ("building/work_beside.py",)),
     (
         "models/test_qwen_vision.py",
@@ -472,7 +474,8 @@ COVERED_BY = [
         "test_api.py",
         "the functions as they are called",
         (
-            "api/builds.py", "api/opening.py", "api/selecting.py", "api/stages.py",
+            "api/builds.py", "api/opening.py", "api/pruning.py", "api/quantizing.py",
+            "api/selecting.py", "api/stages.py", "api/texts.py",
             "hub/opened.py",
         ),
     ),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.api.fitting import asked_target, probing_of, sensitivities_file, target_within
 from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
-from reap2gguf.errors import UsageError
+from reap2gguf.errors import ParameterError
 from reap2gguf.fitting.target import MEASURED, SENSITIVITIES, WEIGHED_SENSITIVITY
 from reap2gguf.options import (
     ComputeOptions,
@@ -86,21 +86,21 @@ def weigh_budget(
     compute = given_or_new("compute", compute, ComputeOptions)
     seen, given = check_path("observations", observations), check_path("imatrix", imatrix)
     folder = None if cache is None else check_path("cache", cache)
-    reports = to_progress(progress)
-    with open_named(model, reports, follow_links=follow_links) as opened:
+    shown = to_progress(progress)
+    with open_named(model, shown, follow_links=follow_links) as opened:
         opened.check_tokenizer()
         facts = opened.model.facts
         kept = None if folder is None else sensitivities_file(folder, opened)
         keep_files(opened, [] if kept is None else [kept], [seen, given])
-        target = target_within(target, facts, fit_context, reports)
+        target = target_within(target, facts, fit_context, shown)
         counts = _counts(facts, keep_experts)
         choices = _choices(opened.checkpoint, facts, seen, counts, method)
-        cut = _text(opened, text, chunks, reports)
+        cut = _text(opened, text, chunks, shown)
         weighing = Weighing(_source(opened, given), choices, target)
         weighing.check()
-        measures = partial(probing_of, opened, path=kept, compute=compute, reports=reports)
+        measures = partial(probing_of, opened, path=kept, compute=compute, shown=shown)
         probes = measures if sensitivity == MEASURED else None
-        found = _weighed(weighing, cut, probes, compute, reports)
+        found = _weighed(weighing, cut, probes, compute, shown)
     return BudgetResult(tuple(found), best_of(found), cut.record.n_scored)
 
 
@@ -118,14 +118,14 @@ def _source(opened: OpenModel, imatrix: Path) -> Source:
     )
 
 
-def _text(opened: OpenModel, text: str, chunks: int, reports: Progress) -> EvaluationText:
+def _text(opened: OpenModel, text: str, chunks: int, shown: Progress) -> EvaluationText:
     """The text that pruning is measured on, in chunks. Raises CalibrationError."""
     from reap2gguf.evaluating.texts import cut_text, fitting_chunk, read_text
     from reap2gguf.tokenizer.tokenizer import Tokenizer
 
     facts = opened.model.facts
-    label, content = read_text(text, reports.note)
-    size = fitting_chunk(_CHUNK, facts.context_length, reports.note)
+    label, content = read_text(text, shown.note)
+    size = fitting_chunk(_CHUNK, facts.context_length, shown.note)
     with closing(Tokenizer(opened.source.folder)) as tokenizer:
         return cut_text(label, content, tokenizer, facts.vocab_size, size, chunks)
 
@@ -135,17 +135,17 @@ def _weighed(
     cut: EvaluationText,
     probes: Probes | None,
     compute: ComputeOptions,
-    reports: Progress,
+    shown: Progress,
 ) -> list[CountRecord]:
     """What each number of experts costs."""
     from reap2gguf.evaluating.engine import evaluate_variants  # loads torch
     from reap2gguf.fitting.errors_table import Where
 
     costs = weighing.costs(
-        lambda variants, pairs: evaluate_variants(variants, cut.rows, pairs, compute, reports)
+        lambda variants, pairs: evaluate_variants(variants, cut.rows, pairs, compute, shown)
     )
     where = Where(compute.device, compute.threads)
-    return weighing.weigh(costs, where, reports, probes=probes)
+    return weighing.weigh(costs, where, shown, probes=probes)
 
 
 def _counts(facts: ModelFacts, asked: Sequence[int] | None) -> list[int]:
@@ -156,7 +156,9 @@ def _counts(facts: ModelFacts, asked: Sequence[int] | None) -> list[int]:
     if asked is None:
         return usual_counts(facts)
     if not asked:
-        raise UsageError("keep_experts is empty, expected numbers of experts, such as 128, 96")
+        raise ParameterError(
+            "keep_experts is empty, expected numbers of experts, such as 128, 96", "keep_experts"
+        )
     return sorted({choose_target(facts, count, None).n_kept for count in asked}, reverse=True)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.api.opening import PathLike, ProgressLike, to_progress
 from reap2gguf.errors import UsageError
+from reap2gguf.files import is_gguf
 from reap2gguf.options import (
     DEVICES,
     AddOptions,
@@ -16,18 +18,19 @@ from reap2gguf.options import (
     ComputeOptions,
     check_bool,
     check_choice,
-    check_labels,
     check_path,
     check_quants_of,
     check_threads,
 )
 from reap2gguf.progress import working
+from reap2gguf.quantizing.named import check_labels
 
 if TYPE_CHECKING:
     from reap2gguf.building.needs.estimate import Estimate
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.stage import BuildResult
     from reap2gguf.progress import Progress
+    from reap2gguf.verifying.context import Strictness
     from reap2gguf.verifying.report import VerifyReport
 
 
@@ -183,7 +186,8 @@ def verify(
 ) -> VerifyReport:
     """Check a bundle, or a safetensors folder and GGUF files made from it.
 
-    GGUF files alone are compared with the GGUF file that they were pruned from, the `source`.
+    GGUF files alone are compared with the GGUF file that they were made from, the `source`; with
+    none, only their headers are checked, and that all values are finite.
     With `source`, the MODEL that was pruned, a bundle is compared with it byte for byte. Types
     that compiled kernels make quickly are quantized again and compared by bytes; with `exact` all
     types must have the bytes that are made again, which takes as long as the export did. `device`
@@ -198,27 +202,34 @@ def verify(
     check_choice("device", device, DEVICES)
     given, n_threads = [check_path("path", path) for path in paths], check_threads(threads)
     reports = to_progress(progress)
+    if source is None and given and all(os.path.isfile(path) and is_gguf(path) for path in given):
+        from reap2gguf.verifying.alone import verify_alone
+
+        return verify_alone(given, n_threads, reports)
     if source is None:
         return verify_paths(given, n_threads, reports, Strictness(exact, device=device))
     from reap2gguf.verifying.opening import open_source
 
     if not any(path.is_dir() for path in given):
-        return _verify_files(given, str(source), reports)
+        how = Strictness(exact, device=device), n_threads, reports
+        return _verify_files(given, str(source), *how)
     with open_source(str(source), reports) as opened:
         return verify_paths(given, n_threads, reports, Strictness(exact, opened, device=device))
 
 
-def _verify_files(paths: Sequence[Path], source: str, progress: Progress) -> VerifyReport:
-    """Compare GGUF files with the GGUF file that they were pruned from."""
+def _verify_files(
+    paths: Sequence[Path], source: str, strictness: Strictness, n_threads: int, progress: Progress
+) -> VerifyReport:
+    """Compare GGUF files with the GGUF file that they were pruned from, or quantized."""
     from reap2gguf.gguf_source.checkpoint import GgufCheckpoint
     from reap2gguf.hub.opened import open_model
-    from reap2gguf.verifying.sliced import verify_sliced
+    from reap2gguf.verifying.of_gguf import verify_files
 
     with open_model(source, progress) as opened:
         if not isinstance(opened.checkpoint, GgufCheckpoint):
             raise UsageError(
                 f"{source}: is not a GGUF file; with GGUF files alone, expected the GGUF file that "
-                "they were pruned from; or pass a bundle folder, or a safetensors folder and its "
+                "they were made from; or pass a bundle folder, or a safetensors folder and its "
                 "GGUF files"
             )
-        return verify_sliced(paths, opened.checkpoint, progress)
+        return verify_files(paths, opened.checkpoint, strictness, n_threads, progress)

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
@@ -20,6 +19,7 @@ from reap2gguf.choosing.names import (
     merging_of,
     split_name,
 )
+from reap2gguf.disk.temporary import temporary_folder
 from reap2gguf.machine import processes
 from reap2gguf.options import (
     MTP_CHOICES,
@@ -31,7 +31,7 @@ from reap2gguf.options import (
     check_path,
     given_or_new,
 )
-from reap2gguf.outputs import drop_states, output_file
+from reap2gguf.outputs import claimed, drop_states, output_file
 from reap2gguf.progress import working
 from reap2gguf.pruning.counts import check_counts
 from reap2gguf.pruning.methods import merges
@@ -95,6 +95,7 @@ def choose(
     protect_super_experts: bool = False,
     compute: ComputeOptions | None = None,
     output: PathLike | None = None,
+    overwrite: bool = False,
     follow_links: bool = False,
     progress: ProgressLike = None,
 ) -> Choice:
@@ -113,7 +114,8 @@ def choose(
 
     Raises CalibrationError, ObservationError, EvaluationError, ArtifactError for observations of
     other rows, UsageError, UnsupportedModelError for a merge that a model is not made for,
-    OutputError, and what opening a model raises.
+    OutputError, also if the output exists and is not to be overwritten, and what opening a model
+    raises.
     """
     check_choice("mtp", mtp, MTP_CHOICES)
     check_counts(keep_experts, compression)
@@ -124,11 +126,13 @@ def choose(
     how = _How(names, keep_experts, compression, group_size, protection)
     compute = given_or_new("compute", compute, ComputeOptions)
     asked = _Asked.of(calibration, text, output, observations)
-    with open_named(model, shown, mtp == "prune", follow_links) as opened:
-        keep_files(opened, asked.outputs, asked.inputs)
+    with (
+        open_named(model, shown, mtp == "prune", follow_links) as opened,
+        asked.claimed(opened, overwrite),
+    ):
         opened.check_tokenizer()
         found = _chosen(opened, asked, how, compute, shown)
-    asked.write(found)
+        asked.write(found)
     return found
 
 
@@ -210,9 +214,19 @@ class _Asked:
         made = [None if one is None else _output(one) for one in (output, observations)]
         return cls(decided, files, path, *made)
 
-    @property
-    def outputs(self) -> list[Path]:
-        return [one for one in (self.output, self.observations) if one is not None]
+    @contextmanager
+    def claimed(self, opened: OpenModel, overwrite: bool) -> Iterator[None]:
+        """Keep other processes from writing the output, and what is read from being replaced.
+
+        Raises UsageError or OutputError otherwise. The file of observations may be there: it is
+        used, and written if it is missing.
+        """
+        outputs = [one for one in (self.output, self.observations) if one is not None]
+        keep_files(opened, outputs, self.inputs)
+        seen = self.observations
+        made = [] if seen is None or seen.exists() else [seen]
+        with claimed([self.output], overwrite), claimed(made):
+            yield
 
     @property
     def inputs(self) -> list[Path]:
@@ -315,8 +329,8 @@ class _Asked:
         if self.output is not None:
             yield self.output.with_name(f"{self.output.name}.state-{what}")
         else:
-            with TemporaryDirectory(prefix="reap2gguf-") as folder:
-                yield Path(folder)
+            with temporary_folder() as folder:
+                yield folder
 
     def resuming(self, compute: ComputeOptions, key: str) -> ComputeOptions:
         """Keep the progress between layers beside the output."""

@@ -10,7 +10,7 @@ from reap2gguf.api.opening import PathLike, ProgressLike, to_progress
 from reap2gguf.errors import UsageError
 from reap2gguf.machine import processes
 from reap2gguf.options import ComputeOptions, check_bool, check_number, given_or_new
-from reap2gguf.outputs import drop_states, result_file
+from reap2gguf.outputs import claimed, drop_states, result_file
 from reap2gguf.progress import working
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def compare(
     quality: bool = True,
     picture: PathLike | None = None,
     output: PathLike | None = None,
+    overwrite: bool = False,
     compute: ComputeOptions | None = None,
     progress: ProgressLike = None,
 ) -> ModelComparison:
@@ -46,7 +47,8 @@ def compare(
     names begin with `OUTPUT.state`.
 
     Raises UsageError for a reference that cannot be computed and for an output that is one of the
-    models, OutputError, and what opening a model raises.
+    models, OutputError, also if an output exists and is not to be overwritten, and what opening a
+    model raises.
     """
     check_bool("quality", quality)
     check_number("chunk", chunk, 8)
@@ -59,6 +61,7 @@ def compare(
     compute = given_or_new("compute", compute, ComputeOptions)
     reports = to_progress(progress)
     with ExitStack() as stack:
+        stack.enter_context(claimed([drawn, target], overwrite))
         with working(reports, "Reading headers"):
             from reap2gguf.comparing.compared import compared
 
@@ -72,8 +75,8 @@ def compare(
             state = None if target is None else target.with_name(f"{target.name}.state")
             asked = Question(text, chunks, chunk, compute, state)
             result = measure(opened, _reference(opened, wanted), asked, reports)
-    if processes().is_first:
-        _write(result, drawn, target)
+        if processes().is_first:
+            _write(result, drawn, target)
     return result
 
 

@@ -14,7 +14,7 @@ from reap2gguf.evaluating.options import EvaluateOptions
 from reap2gguf.files import is_plain
 from reap2gguf.machine import processes
 from reap2gguf.options import ComputeOptions, check_bool, check_path, given_or_new
-from reap2gguf.outputs import drop_states, result_file
+from reap2gguf.outputs import claimed, drop_states, result_file
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.evaluation import Evaluation
@@ -29,6 +29,7 @@ def evaluate(
     source: PathLike | None = None,
     options: EvaluateOptions | None = None,
     output: PathLike | None = None,
+    overwrite: bool = False,
     update: bool = False,
     compute: ComputeOptions | None = None,
     follow_links: bool = False,
@@ -44,8 +45,8 @@ def evaluate(
     it, in files whose names begin with `OUTPUT.state`. With `update`, the figures get into the
     bundle's manifest and cards, in place of earlier ones; what is not measured again stays there.
 
-    Raises EvaluationError, CalibrationError, UsageError, OutputError, ArtifactError,
-    DependencyError, and what opening a model raises.
+    Raises EvaluationError, CalibrationError, UsageError, OutputError, also if the output exists and
+    is not to be overwritten, ArtifactError, DependencyError, and what opening a model raises.
     """
     check_bool("follow_links", follow_links)
     check_bool("update", update)
@@ -65,13 +66,14 @@ def evaluate(
 
         check_recordable(Path(model).expanduser(), compute, reports)
     with ExitStack() as stack:
+        stack.enter_context(claimed([target], overwrite))
         opened = _open(stack, model, given, source, follow_links, reports)
         found = _measured(opened, options, compute, target)
         if update and is_first:
             _record(Path(model).expanduser(), found, opened, compute)
-    if target is not None and is_first:
-        found.save(target)
-        drop_states(target)
+        if target is not None and is_first:
+            found.save(target)
+            drop_states(target)
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from reap2gguf.outputs import output_path
+from reap2gguf.outputs import claimed, output_path
 from reap2gguf.resources import write_example
 
 if TYPE_CHECKING:
@@ -20,5 +20,6 @@ def example(output: PathLike) -> Path:
     exists or cannot be written, SourceError if this installation is damaged.
     """
     folder = output_path(output)
-    write_example(folder)
+    with claimed([folder]):
+        write_example(folder)
     return folder

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
-from reap2gguf.errors import UsageError
+from reap2gguf.errors import ParameterError, UsageError
 from reap2gguf.fitting.target import DEFAULT_SENSITIVITY, MEASURED, SENSITIVITIES
 from reap2gguf.options import DEVICES, ComputeOptions, check_choice, check_path, check_threads
-from reap2gguf.outputs import output_file
+from reap2gguf.outputs import claimed, output_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from reap2gguf.building.given import GivenImatrix
     from reap2gguf.exporting.header_facts import FileTypes
@@ -58,6 +59,7 @@ def fit_recipe(
     sensitivity: str = DEFAULT_SENSITIVITY,
     device: str = "auto",
     threads: int | None = None,
+    overwrite: bool = False,
     follow_links: bool = False,
     progress: ProgressLike = None,
 ) -> FitResult:
@@ -70,16 +72,20 @@ def fit_recipe(
     error in each tensor counts: by a table of kinds, or "measured" on this model, which takes an
     evaluation of some dozens of variants. `MODEL.type-errors.json` and `MODEL.sensitivities.json`
     beside `output` keep what was measured for the next call. Raises UsageError for a size that no
-    types have, before anything is measured, ArtifactError, OutputError, and what opening a model
-    raises.
+    types have, before anything is measured, ArtifactError, OutputError, also if the output exists
+    and is not to be overwritten, and what opening a model raises.
     """
     output, given = _recipe_file(output), check_path("imatrix", imatrix)
     target = asked_target(target_size, target_bpw, fit, fit_context)
     check_choice("device", device, DEVICES)
     check_choice("sensitivity", sensitivity, SENSITIVITIES)
-    compute, reports = ComputeOptions(device, threads=check_threads(threads)), to_progress(progress)
-    with open_named(model, reports, follow_links=follow_links) as opened:
-        fitting = _fitting(opened, output, given, target, fit_context, compute, reports)
+    compute, shown = ComputeOptions(device, threads=check_threads(threads)), to_progress(progress)
+    with (
+        open_named(model, shown, follow_links=follow_links) as opened,
+        _claimed(opened, output, given, overwrite) as errors_file,
+    ):
+        asked = target, fit_context
+        fitting = _fitting(opened, output, errors_file, given, asked, compute, shown)
         budget = fitting.budget()
         errors = fitting.errors(budget)
         weights = fitting.weights(errors) if sensitivity == MEASURED else None
@@ -95,18 +101,20 @@ def asked_target(
 
     target = SizeTarget.of(size, bpw, card, context)
     if target is None:
-        raise UsageError("pass a target: target_size, target_bpw or fit")
+        raise ParameterError(
+            "pass a target: target_size, target_bpw or fit", "target_size", "target_bpw", "fit"
+        )
     return target
 
 
 def target_within(
-    target: SizeTarget, facts: ModelFacts, asked: int | None, reports: Progress
+    target: SizeTarget, facts: ModelFacts, asked: int | None, shown: Progress
 ) -> SizeTarget:
     """The target with a context that the model has; `asked` is the one that was given, if any."""
     from reap2gguf.fitting.target import context_note
 
     if target.card and asked is not None and asked > facts.context_length:
-        reports.note(context_note(target, facts.context_length))
+        shown.note(context_note(target, facts.context_length))
     return target.within(facts.context_length)
 
 
@@ -115,7 +123,7 @@ def probing_of(
     given: GivenImatrix,
     path: Path | None,
     compute: ComputeOptions,
-    reports: Progress,
+    shown: Progress,
 ) -> Probing:
     """What measures how much an error in each tensor of a model counts; `path` keeps it."""
     from reap2gguf.building.keys import ggml_identity, stage_key
@@ -135,7 +143,7 @@ def probing_of(
         given.imatrix,
         ProbedText(
             text.sha256,
-            lambda variants, pairs: evaluate_variants(variants, text.rows, pairs, compute, reports),
+            lambda variants, pairs: evaluate_variants(variants, text.rows, pairs, compute, shown),
         ),
         None if path is None else Cache(path, key),
     )
@@ -154,29 +162,40 @@ def _recipe_file(output: PathLike) -> Path:
     return path
 
 
+@contextmanager
+def _claimed(opened: OpenModel, output: Path, imatrix: Path, overwrite: bool) -> Iterator[Path]:
+    """Keep other processes from writing the output; the file of errors, shared by all recipes.
+
+    Raises UsageError or OutputError for a file that cannot be written, or that is read.
+    """
+    errors = output_file(output.with_name(f"{opened.source.short_name}.{_CACHE}"))
+    keep_files(opened, [output, errors, sensitivities_file(output.parent, opened)], [imatrix])
+    with claimed([output], overwrite):
+        yield errors
+
+
 def _fitting(
     opened: OpenModel,
     output: Path,
+    errors_file: Path,
     given: Path,
-    target: SizeTarget,
-    context: int | None,
+    asked: tuple[SizeTarget, int | None],
     compute: ComputeOptions,
-    reports: Progress,
+    shown: Progress,
 ) -> _Fitting:
-    """The model and what is asked of it, where nothing that is written replaces what is read."""
+    """The model and what is asked of it: a target, and its context if one was given."""
     from reap2gguf.building.given import read_imatrix
     from reap2gguf.fitting.fitted import Problem
 
     facts = opened.model.facts
-    errors = output_file(output.with_name(f"{opened.source.short_name}.{_CACHE}"))
     sensitivities = sensitivities_file(output.parent, opened)
-    keep_files(opened, [output, errors, sensitivities], [given])
     opened.check_tokenizer()
     tensors = opened.model.gguf_tensors(opened.checkpoint.tensors)
     read = read_imatrix(given, tensors)
     problem = Problem(tensors, facts, facts.n_experts, read.imatrix.entries)
-    target = target_within(target, facts, context, reports)
-    return _Fitting(opened, read, problem, target, output, errors, sensitivities, compute, reports)
+    target = target_within(asked[0], facts, asked[1], shown)
+    files = output, errors_file, sensitivities
+    return _Fitting(opened, read, problem, target, *files, compute, shown)
 
 
 @dataclass(frozen=True)
@@ -191,7 +210,7 @@ class _Fitting:
     errors_file: Path
     sensitivities_file: Path
     compute: ComputeOptions
-    reports: Progress
+    shown: Progress
 
     def budget(self) -> Budget:
         """What the tensors may have; known from headers. Raises UsageError if it is too little."""
@@ -201,7 +220,7 @@ class _Fitting:
         room = header + _room(self.opened)
         budget = budget_of(self.target, self.problem, self.opened.model, room)
         if line := beyond(self.target, self.problem, budget, header):
-            self.reports.note(line)
+            self.shown.note(line)
         return budget
 
     def errors(self, budget: Budget) -> Errors:
@@ -212,13 +231,13 @@ class _Fitting:
         cache = Cache(self.errors_file, _key(self.opened, self.given))
         where = Where(self.compute.device, self.compute.threads)
         measuring = Measuring(self.opened.checkpoint, self.given.imatrix, cache, where)
-        return measuring.errors(self.problem, budget, self.reports)
+        return measuring.errors(self.problem, budget, self.shown)
 
     def weights(self, errors: Errors) -> Mapping[str, float]:
         """How much an error in each tensor counts, measured."""
         path = self.sensitivities_file
-        probing = probing_of(self.opened, self.given, path, self.compute, self.reports)
-        return probing.sensitivities(self.problem, errors, self.reports)
+        probing = probing_of(self.opened, self.given, path, self.compute, self.shown)
+        return probing.sensitivities(self.problem, errors, self.shown)
 
     def chosen(self, budget: Budget, errors: Errors, weights: Mapping[str, float] | None) -> Fitted:
         """The types with the least damage; without weights, by those of the table."""

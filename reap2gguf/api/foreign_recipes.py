@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.api.opening import PathLike, ProgressLike, to_progress
 from reap2gguf.errors import SourceError, UsageError
-from reap2gguf.outputs import output_file, result_file
+from reap2gguf.outputs import claimed, output_file, result_file
 from reap2gguf.progress import working
 
 if TYPE_CHECKING:
@@ -22,7 +22,11 @@ _TEXT = "the text"
 
 
 def recipe_of(
-    file: PathLike, output: PathLike | None = None, *, progress: ProgressLike = None
+    file: PathLike,
+    output: PathLike | None = None,
+    *,
+    overwrite: bool = False,
+    progress: ProgressLike = None,
 ) -> FoundRecipe:
     """The recipe that a GGUF file of any publisher was made by, from the types of its tensors.
 
@@ -30,16 +34,17 @@ def recipe_of(
     which only the header is read. Every tensor gets the type that it has from the file type or the
     recipe that is nearest, and from rules by role, name and layer where it differs. `output` is a
     .toml file to write. Raises UnsupportedModelError for a model whose architecture is not
-    implemented, SourceError, ArtifactError, UsageError and OutputError.
+    implemented, SourceError, ArtifactError, UsageError and OutputError, also if the output exists
+    and is not to be overwritten.
     """
-    target = _recipe_file(output, file)
-    reports = to_progress(progress)
-    with working(reports, f"Reading {file}"):
-        from reap2gguf.importing.from_file import recipe_of_header
+    target, reports = _recipe_file(output, file), to_progress(progress)
+    with claimed([target], overwrite):
+        with working(reports, f"Reading {file}"):
+            from reap2gguf.importing.from_file import recipe_of_header
 
-        header = _header(os.fspath(file), reports)
-        found = recipe_of_header(header, header.path.name.rsplit(":", 1)[-1])
-    _write(target, found.as_toml())
+            header = _header(os.fspath(file), reports)
+            found = recipe_of_header(header, header.path.name.rsplit(":", 1)[-1])
+        _write(target, found.as_toml())
     return found
 
 
@@ -49,6 +54,7 @@ def import_recipe(
     output: PathLike | None = None,
     *,
     base: str | None = None,
+    overwrite: bool = False,
     progress: ProgressLike = None,
 ) -> ImportedRecipe:
     """A recipe out of a text for llama-quantize of llama.cpp or ik_llama.cpp.
@@ -60,7 +66,8 @@ def import_recipe(
     matches, in place of the text's. `output` is a .toml file to write.
 
     Raises RecipeError for a text that says no recipe, and for types that cannot be written;
-    UsageError, OutputError, and what opening a model raises.
+    UsageError, OutputError, also if the output exists and is not to be overwritten, and what
+    opening a model raises.
     """
     from reap2gguf.importing.foreign import read_foreign, text_of_file
     from reap2gguf.importing.imported import imported
@@ -69,10 +76,11 @@ def import_recipe(
     reports = to_progress(progress)
     where = str(text) if isinstance(text, Path) else _TEXT
     foreign = read_foreign(text_of_file(text) if isinstance(text, Path) else text, where, base)
-    tensors = None if model is None else _tensors(model, reports)
-    name = "imported" if target is None else target.stem
-    found = imported(foreign, name, tensors)
-    _write(target, found.as_toml())
+    with claimed([target], overwrite):
+        tensors = None if model is None else _tensors(model, reports)
+        name = "imported" if target is None else target.stem
+        found = imported(foreign, name, tensors)
+        _write(target, found.as_toml())
     return found
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from reap2gguf.errors import UsageError
 from reap2gguf.files import is_plain
 from reap2gguf.options import check_path
-from reap2gguf.outputs import keep_inputs, output_file
+from reap2gguf.outputs import claimed, keep_inputs, output_file
 
 if TYPE_CHECKING:
     from reap2gguf.api.opening import PathLike
@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 
 
 def merge_observations(
-    what: Sequence[PathLike | Observations], output: PathLike | None = None
+    what: Sequence[PathLike | Observations],
+    output: PathLike | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Observations:
     """Add observations of one model that were made on different texts.
 
     Each is what `observe` returns, or a file that it wrote. With `output`, the sum is written: as
     if the model had been observed on all of the texts. Raises ArtifactError for observations of
-    different models, UsageError for fewer than two or for the same rows twice, and OutputError.
+    different models, UsageError for fewer than two or for the same rows twice, and OutputError,
+    also if the output exists and is not to be overwritten.
     """
     from reap2gguf.artifacts.observations import Observations
     from reap2gguf.artifacts.observations_merge import merge_observed
@@ -46,13 +50,14 @@ def merge_observations(
                 "built; write to another folder"
             )
         keep_inputs([written], list(paths.values()), written)
-    given = [
-        (f"observations {at + 1}", one)
-        if isinstance(one, Observations)
-        else (str(one), Observations.load(paths[at]))
-        for at, one in enumerate(what)
-    ]
-    merged = merge_observed(given)
-    if written is not None:
-        merged.save(written)
+    with claimed([written], overwrite):
+        given = [
+            (f"observations {at + 1}", one)
+            if isinstance(one, Observations)
+            else (str(one), Observations.load(paths[at]))
+            for at, one in enumerate(what)
+        ]
+        merged = merge_observed(given)
+        if written is not None:
+            merged.save(written)
     return merged

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.errors import UsageError
 from reap2gguf.options import check_bool
-from reap2gguf.outputs import keep_inputs
+from reap2gguf.outputs import claimed, keep_inputs
 from reap2gguf.progress import CallbackProgress, Progress, ProgressEvent, Silent, working
 
 if TYPE_CHECKING:
@@ -28,7 +29,21 @@ def open_named(
         return open_model(str(name), progress, keep_mtp, follow_links)
 
 
-def keep_files(opened: OpenModel, outputs: list[Path], inputs: Iterable[Path]) -> None:
+@contextmanager
+def claimed_files(
+    opened: OpenModel, outputs: Sequence[Path], inputs: Iterable[Path], overwrite: bool
+) -> Iterator[None]:
+    """Outputs that replace no input, and are written by no other process while this is open.
+
+    Raises UsageError or OutputError otherwise, and if one exists and is not to be overwritten.
+    """
+    keep_files(opened, outputs, inputs)
+    with claimed(outputs, overwrite):
+        yield
+
+
+def keep_files(opened: OpenModel, outputs: Sequence[Path], inputs: Iterable[Path]) -> None:
+    """Raise UsageError for an output that would replace an input, or a file of the model."""
     keep_inputs(outputs, [*inputs, *opened.checkpoint.shards], opened.source.folder)
 
 

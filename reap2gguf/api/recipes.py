@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.api.opening import PathLike, ProgressLike, to_progress
 from reap2gguf.errors import UnsupportedModelError
-from reap2gguf.options import check_bool, check_tensor_types, one_recipe
+from reap2gguf.options import check_bool
 from reap2gguf.progress import working
+from reap2gguf.quantizing.named import check_tensor_types, one_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

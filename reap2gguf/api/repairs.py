@@ -6,13 +6,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reap2gguf.progress import Progress, working
-
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ObservationRows
     from reap2gguf.bundle.records import RepairRecord
     from reap2gguf.hub.opened import OpenModel
     from reap2gguf.options import CalibrationOptions, ComputeOptions
+    from reap2gguf.progress import Progress
     from reap2gguf.pruning.view import PrunedView
 
 
@@ -38,18 +37,11 @@ def repaired_model(
 
 def rows_of(opened: OpenModel, options: CalibrationOptions, shown: Progress) -> ObservationRows:
     """The rows of the calibration. Raises CalibrationError, and what a tokenizer raises."""
-    from reap2gguf.calibration.drawing import observation_rows
+    from reap2gguf.api.texts import calibration_rows
     from reap2gguf.calibration.scanned_files import ScannedFiles
     from reap2gguf.calibration.sources import check_calibration
     from reap2gguf.calibration.spec import decide
 
     decided, files = decide(options), ScannedFiles()
     check_calibration(decided, files)
-    opened.check_tokenizer()
-    from reap2gguf.tokenizer.tokenizer import Tokenizer
-
-    facts = opened.model.facts
-    length = min(decided.max_length, facts.context_length)
-    with working(shown, "Reading the calibration text"):
-        tokenizer = Tokenizer(opened.source.folder)
-        return observation_rows(tokenizer, decided, length, facts.vocab_size, shown, files)
+    return calibration_rows(opened, decided, files, shown)

@@ -15,21 +15,22 @@ if TYPE_CHECKING:
 _ENDING = "-report.html"
 
 
-def report(bundle: PathLike, output: PathLike | None = None) -> Path:
+def report(bundle: PathLike, output: PathLike | None = None, *, overwrite: bool = False) -> Path:
     """Write one self-contained HTML page about a finished bundle, and return its path.
 
     `bundle` is either of its folders; what lies in the other, and the observations if they are
     still there, are used too. `output` is NAME-report.html in the current folder by default. The
     page loads nothing, and the same bundle makes the same bytes. Memory: the importance matrix
     and the observations. Raises UsageError if it is not a bundle or the output is one of its
-    files, ArtifactError if a file of it is broken, OutputError if the page cannot be written.
+    files, ArtifactError if a file of it is broken, OutputError if the page cannot be written, or
+    exists and is not to be overwritten.
     """
     from reap2gguf.api.inspecting import observations_of
     from reap2gguf.atomic import write_whole
     from reap2gguf.bundle.layout import GGUF_SUFFIX, MANIFEST_FILE
     from reap2gguf.bundle.manifest import Manifest
     from reap2gguf.files import is_plain
-    from reap2gguf.outputs import output_file
+    from reap2gguf.outputs import claimed, output_file
     from reap2gguf.reporting.facts import read_facts
     from reap2gguf.reporting.page import page
 
@@ -46,8 +47,9 @@ def report(bundle: PathLike, output: PathLike | None = None) -> Path:
             f"output {target}: is in a folder of a bundle, whose files are all verified; pass "
             "another output"
         )
-    observations = observations_of(manifest, folder)
-    write_whole(target, page(read_facts(manifest, folder, observations)))
+    with claimed([target], overwrite):
+        observations = observations_of(manifest, folder)
+        write_whole(target, page(read_facts(manifest, folder, observations)))
     return target
 
 

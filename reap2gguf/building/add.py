@@ -28,8 +28,9 @@ from reap2gguf.verifying.opening import open_source
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import GgufRecord, Manifest
-    from reap2gguf.options import AddOptions, RecipeText
+    from reap2gguf.options import AddOptions
     from reap2gguf.progress import Progress
+    from reap2gguf.quantizing.named import RecipeText
     from reap2gguf.verifying.context import Reference
 
 

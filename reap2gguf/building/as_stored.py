@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.errors import UsageError
 from reap2gguf.importing.foreign_types import usual_file_type
-from reap2gguf.options import DEFAULT_RECIPES
 from reap2gguf.pruning.methods import merges
 from reap2gguf.quantizing.file_types import IK_MIXTURES, MIXTURES
 from reap2gguf.quantizing.labels import hub_label
+from reap2gguf.quantizing.named import DEFAULT_RECIPES
 from reap2gguf.quantizing.recipe import Recipe
 from reap2gguf.quantizing.resolve import ResolvedRecipe, ResolvedTensor, resolve
 from reap2gguf.tokenizer.check import check_tokenizer

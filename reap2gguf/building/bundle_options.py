@@ -8,7 +8,8 @@ from pathlib import Path
 
 from reap2gguf.errors import UsageError
 from reap2gguf.machine import available_threads
-from reap2gguf.options import MOST_THREADS, check_kind, check_labels, check_number, check_path
+from reap2gguf.options import MOST_THREADS, check_kind, check_number, check_path
+from reap2gguf.quantizing.named import check_labels
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def check_same_model(seen: Observations, checkpoint: Checkpoint, where: str) -> 
     elif found != expected:
         raise ArtifactError(
             f"{where}: the observations are of another checkpoint (fingerprint "
-            f"{shown(found[:12])}) than {checkpoint.folder} ({expected[:12]!r}); a download from "
+            f"{shown(found[:12])}) than {checkpoint.shown} ({expected[:12]!r}); a download from "
             "the Hub and a folder have different ones; run `reap2gguf observe` on this one"
         )
 

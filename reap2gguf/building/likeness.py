@@ -34,13 +34,8 @@ from reap2gguf.calibration.spec import (
 from reap2gguf.errors import ArtifactError, CalibrationError, UsageError
 from reap2gguf.files import is_plain_name
 from reap2gguf.messages import shown
-from reap2gguf.options import (
-    DEFAULT_RECIPES,
-    BuildOptions,
-    CalibrationOptions,
-    ComputeOptions,
-    RecipeText,
-)
+from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
+from reap2gguf.quantizing.named import DEFAULT_RECIPES, RecipeText
 from reap2gguf.resources import EXAMPLE_NAME
 
 if TYPE_CHECKING:

@@ -51,14 +51,10 @@ from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.models.description import Dropped, SideFile
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
-from reap2gguf.pruning.given_kept import (
-    GivenKept,
-    given_kept_of,
-)
+from reap2gguf.pruning.given_kept import GivenKept, given_kept_of
 from reap2gguf.pruning.history import History, read_history
 from reap2gguf.pruning.methods import GIVEN, GROUP_SIZE, METHODS, is_from_weights, merges
 from reap2gguf.quantizing.labels import LabelledFile, label_warnings
-from reap2gguf.quantizing.source_blocks import note_blocks
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.budget import BudgetRecord
@@ -401,7 +397,6 @@ def _with_files(plan: Plan, opened: Opened, note: Note) -> Plan:
     """The plan with the file whose types are chosen for a size, if any, and with side files."""
     header = opened.header(plan.pruned)
     sized, recipes = with_sized(plan.options, plan.pruned, header, plan.weighted, plan.recipes)
-    note_blocks(plan.checkpoint, recipes if sized is None else recipes[:-1], note)
     sides = planned_side_files(plan.model, plan.checkpoint)
     for line in (line for side in sides for line in side.notes):
         note(line)

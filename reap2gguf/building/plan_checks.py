@@ -17,6 +17,7 @@ from reap2gguf.pruning.methods import GROUP_SIZE, merges
 from reap2gguf.pruning.protection import check_protection
 from reap2gguf.quantizing.ik.workers import check_installed
 from reap2gguf.quantizing.minimum import check_needed
+from reap2gguf.quantizing.source_blocks import note_blocks
 from reap2gguf.repairing.limits import check_repair
 
 if TYPE_CHECKING:
@@ -55,9 +56,12 @@ def check_choice_of_experts(
 def check_types(plan: Plan, note: Note) -> None:
     """Refuse types that the importance matrix, or this machine, does not allow.
 
-    `note` receives what a given matrix lacks. Raises RecipeError and ArtifactError.
+    `note` receives which blocks of a GGUF source stay, and what a given matrix lacks. Raises
+    RecipeError and ArtifactError.
     """
     imatrix, options = plan.imatrix, plan.options
+    # types that are chosen in the build are guesses here
+    note_blocks(plan.checkpoint, plan.recipes[: -1 if plan.sized else None], note)
     check_installed(plan.recipes)
     for recipe in () if plan.slices else plan.recipes:
         why = "none is computed for it" if imatrix is None else f"{imatrix.file} has none for it"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reap2gguf.atomic import output_errors, rename, write_whole
+from reap2gguf.atomic import output_errors, remove, rename, write_whole
 from reap2gguf.bundle.card import short_card
 from reap2gguf.bundle.front_matter import PrunedFrom, methods_of
 from reap2gguf.bundle.layout import CARD_FILE, KEPT_FILE
@@ -30,44 +29,61 @@ if TYPE_CHECKING:
     from reap2gguf.pruning.view import PrunedView
 
 
+@dataclass(frozen=True)
+class PrunedBy:
+    """What is recorded of a pruning beside the experts that stay."""
+
+    method: str
+    source: str  # the name of the checkpoint; a short card says it, with the source's licence
+    protected: Mapping[int, Sequence[int]] = field(default_factory=dict)  # stay whatever they score
+    change: RepairRecord | MergeRecord | None = None  # what was done to the kept experts
+    original: EarlierPruning | None = None  # what they come from, if the source was pruned before
+
+    def record(self, kept: Mapping[int, Sequence[int]]) -> str:
+        """The contents of the file of kept experts."""
+        found: dict[str, Any] = {
+            "method": self.method,
+            "kept_experts": {str(k): v for k, v in sorted(kept.items())},
+        }
+        if self.protected:
+            found["protected"] = {str(k): v for k, v in sorted(self.protected.items())}
+        if self.original is not None:
+            found[ORIGINAL] = asdict(self.original)
+        if self.change is not None:
+            found[self.change.what] = asdict(self.change)
+        return json.dumps(found, indent=1) + "\n"
+
+
 def prune_to_folder(
     checkpoint: Weights,
     model: MoeModel,
     pruned: PrunedView,
-    method: str,
+    by: PrunedBy,
     folder: Path,
     progress: Progress,
-    source: str,
-    protected: Mapping[int, Sequence[int]] | None = None,
-    change: RepairRecord | MergeRecord | None = None,
-    original: EarlierPruning | None = None,
 ) -> None:
     """Write the pruned safetensors and which experts they keep, verify them, name the folder.
 
-    `source` is the name of the checkpoint; a short card says it, with the source's licence.
-    `protected` are those of the experts that stay whatever they score; `change` is what was done to
-    those of `pruned`: a repair or a merge. `original` is what the folder's experts come from.
-
-    Raises OutputError if the disk refuses, VerificationError if what was written is not what was
-    planned.
+    Nothing else writes it meanwhile: what an interrupted call has left beside it is removed. Raises
+    OutputError if the disk refuses, VerificationError if what was written is not what was planned.
     """
-    made = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
+    made = folder.with_name(f".{folder.name}.unfinished")
+    remove(made)
     with output_errors(folder):
         made.mkdir()  # with the permissions that the user's umask gives to folders
     try:
         threads = available_threads()
         write_pruned(pruned, made, progress, n_threads=threads)
-        record = _record(pruned, method, protected, change, original)
-        write_whole(made / KEPT_FILE, json.dumps(record, indent=1) + "\n")
+        write_whole(made / KEPT_FILE, by.record(pruned.kept))
         has_vision = bool(model.side_files(checkpoint.folder, checkpoint.tensors))
         about = PrunedFrom(
-            source,
+            by.source,
             model.facts.architecture,
             has_vision,
-            methods=methods_of(method, original),
-            is_repaired=isinstance(change, RepairRecord),
+            methods=methods_of(by.method, by.original),
+            is_repaired=isinstance(by.change, RepairRecord),
         )
-        merged_by = method if isinstance(change, MergeRecord) else None
+        merged_by = by.method if isinstance(by.change, MergeRecord) else None
         card = short_card(folder.name, checkpoint.folder / CARD_FILE, about, KEPT_FILE, merged_by)
         write_whole(made / CARD_FILE, card)
         if violations := check_pruned(made, pruned, progress, threads):
@@ -76,24 +92,3 @@ def prune_to_folder(
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)  # the error that is being raised says more
         raise
-
-
-def _record(
-    pruned: PrunedView,
-    method: str,
-    protected: Mapping[int, Sequence[int]] | None,
-    change: RepairRecord | MergeRecord | None,
-    original: EarlierPruning | None,
-) -> dict[str, Any]:
-    """What KEPT_FILE says of a folder."""
-    record: dict[str, Any] = {
-        "method": method,
-        "kept_experts": {str(k): v for k, v in sorted(pruned.kept.items())},
-    }
-    if protected:
-        record["protected"] = {str(k): v for k, v in sorted(protected.items())}
-    if original is not None:
-        record[ORIGINAL] = asdict(original)
-    if change is not None:
-        record[change.what] = asdict(change)
-    return record

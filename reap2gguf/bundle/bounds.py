@@ -178,14 +178,15 @@ def _check_files(manifest: Manifest) -> None:
                 f"bits_per_weight is {shown(file.bits_per_weight)}, expected more than 0 and at "
                 f"most {_MOST_BITS}"
             )
-        most = 0 if manifest.source.gguf is None else len(file.tensors)
-        _within("source_blocks", file.source_blocks, 0, most)
     if manifest.source.gguf is not None and hf is not None:
         raise ValueError("hf is a record, expected null: the source is a GGUF file")
     if hf is not None:
         _within("n_shards", hf.n_shards, 1, MOST_FILES)
     elif pruning.n_kept < pruning.n_experts and manifest.source.gguf is None:
         raise ValueError("hf is null, expected the record of the pruned safetensors")
+    for file in manifest.gguf:
+        most = 0 if manifest.source.gguf is None else len(file.tensors)
+        _within("source_blocks", file.source_blocks, 0, most)
 
 
 def _check_importance_of(manifest: Manifest) -> None:

@@ -21,16 +21,12 @@ OUTPUT/.work/              unfinished work; .NAME.lock is held by whoever writes
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
-from reap2gguf.atomic import make_folder, open_own, output_errors
-from reap2gguf.errors import OutputError
+from reap2gguf.atomic import locked, make_folder
 from reap2gguf.files import is_plain
 
 GGUF_SUFFIX = "-GGUF"
@@ -90,27 +86,14 @@ class BundleFolders:
         """
         make_folder(self.work)
         lock = self.work / f".{self.name}.lock"
-        with output_errors(lock):
-            file = os.fdopen(open_own(lock), "r+", encoding="ascii", errors="replace")
-        with file:
-            self._take(file)
+        with locked(lock, lock, self._busy, keeps_file=True):
             yield
 
-    def _take(self, file: TextIO) -> None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            process = file.read(20).strip() or "unknown"
-            raise OutputError(
-                f"{self.work / self.name}: another build of {self.name} (or a push) is "
-                f"running (process {process}); wait for it, or pass another --name or --output"
-            ) from error
-        with output_errors(self.output):
-            file.truncate(0)
-            file.seek(0)
-            file.write(str(os.getpid()))
-            file.flush()
+    def _busy(self, process: str) -> str:
+        return (
+            f"{self.work / self.name}: another build of {self.name} (or a push) is running "
+            f"(process {process}); wait for it, or pass another --name or --output"
+        )
 
 
 def gguf_name(name: str) -> str:

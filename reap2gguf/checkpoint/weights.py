@@ -115,6 +115,15 @@ class Weights(ABC):
         """The name in the files of `folder`, and the entry on axis 0, of a tensor's entry."""
         return name, entry
 
+    @property
+    def shown(self) -> Path:
+        """What errors name: the folder, or the GGUF file that the user named."""
+        return self.folder
+
+    def shown_name(self, name: str, entry: int = 0) -> str:
+        """A tensor's entry in quotes, as errors name it: by its name in the files."""
+        return repr(self.origin(name, entry)[0])
+
     def have_same_values(self, one: str, other: str) -> bool:
         """Whether two tensors have the same shape and values; both are read, once.
 
@@ -226,12 +235,12 @@ def values_of(weights: Weights, name: str) -> Iterator[Floats]:
 
 
 def first_not_finite(weights: Weights, names: Iterable[str]) -> str | None:
-    """The first of these tensors that holds NaN or infinite values, as the files name it."""
+    """The first of these tensors that holds NaN or infinite values, as errors name it."""
     for name in names:
         if weights.tensors[name].dtype in FLOATS and not all(
             np.isfinite(values).all() for values in values_of(weights, name)
         ):
-            return weights.origin(name)[0]
+            return weights.shown_name(name)
     return None
 
 

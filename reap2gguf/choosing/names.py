@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from reap2gguf.errors import UsageError
+from reap2gguf.errors import ParameterError
 from reap2gguf.pruning.methods import MERGING, METHODS, OBSERVED, merges
 
 AUTO = "auto"  # the best of several methods, by what each costs
@@ -33,21 +33,37 @@ def check_candidates(value: object) -> tuple[str, ...]:
         return CANDIDATES
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, Iterable) or isinstance(parts, bytes):
-        raise UsageError(f"candidates is {value!r}, expected names of methods")
+        raise ParameterError(f"candidates is {value!r}, expected names of methods", "candidates")
     names = [part.strip() if isinstance(part, str) else part for part in parts]
     known = (*OBSERVED, *MERGING, BEST_REPAIRED)
     if names == ["all"]:
         return (*OBSERVED, BEST_REPAIRED)
     for name in names:
         if name not in known:
-            raise UsageError(
-                f"candidates names {name!r}, expected some of {', '.join(known)}, or all"
+            raise ParameterError(
+                f"candidates names {name!r}, expected some of {', '.join(known)}, or all",
+                "candidates",
             )
     if not set(names) - {BEST_REPAIRED, *MERGING}:
-        raise UsageError("candidates names no criterion, such as reap or weighted_ean_sum")
+        raise ParameterError(
+            "candidates names no criterion, such as reap or weighted_ean_sum", "candidates"
+        )
     named = dict.fromkeys(names)
     found = (*criteria_of(named), *merging_of(named))
     return (*found, BEST_REPAIRED) if BEST_REPAIRED in named else found
+
+
+def check_build_candidates(value: object) -> tuple[str, ...]:
+    """The same for a build, which chooses among criteria alone. Raises UsageError."""
+    names = check_candidates(value)
+    if merging := merging_of(names):
+        raise ParameterError(
+            f"candidates names {merging[0]}, which merges experts, and a build does not choose "
+            "among merges; measure it with `reap2gguf choose`, and build with the method that it "
+            "finds",
+            "candidates",
+        )
+    return names
 
 
 def criteria_of(candidates: Iterable[str]) -> tuple[str, ...]:

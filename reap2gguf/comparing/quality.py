@@ -6,7 +6,6 @@ them is a checkpoint, the tokenizer is made from the header of the reference.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from gguf import GGUFWriter
 
 from reap2gguf.comparing.compared import ModelComparison, compared
+from reap2gguf.disk.temporary import temporary_folder
 from reap2gguf.errors import ArtifactError, CheckpointError, Reap2ggufError, UsageError
 from reap2gguf.evaluating.measure import evaluation_of_scores
 from reap2gguf.evaluating.scoring import Scorer
@@ -131,8 +131,8 @@ def _rows(
     vocabulary = reference.model.facts.vocab_size
     ordered = [reference, *(one for one in models if one is not reference)]
     folders = [one.checkpoint.folder for one in ordered if one.checkpoint is not None]
-    with tempfile.TemporaryDirectory(prefix="reap2gguf-") as made:
-        folder = folders[0] if folders else Path(made)
+    with temporary_folder() as made:
+        folder = folders[0] if folders else made
         if not folders:
             assert reference.header is not None
             write_tokenizer(reference.header, folder)

@@ -119,6 +119,6 @@ class VariantRun(Sweep):
         index = group.layers[-1]
         n_bad = int((~finite).sum())
         raise EvaluationError(
-            f"{self.decoder.weights.folder}: layer {index}: {n_bad} of {finite.shape[1]} rows are "
+            f"{self.decoder.weights.shown}: layer {index}: {n_bad} of {finite.shape[1]} rows are "
             f"NaN or infinite; {self.decoder.why_not_finite(index)}"
         )

@@ -32,6 +32,13 @@ if TYPE_CHECKING:
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import SideFile
 
+# keys of our own that say where the experts of a file come from
+VERSION_KEY, SOURCE_KEY, METHOD_KEY = (
+    f"reap2gguf.{one}" for one in ("version", "source", "method")
+)
+COUNT_KEY, KEPT_KEY = "reap2gguf.source_expert_count", "reap2gguf.kept_experts"
+ORIGINAL_PREFIX = "reap2gguf.original."  # of a source that was pruned before: what it comes from
+
 
 @dataclass(frozen=True)
 class HeaderFacts:
@@ -162,19 +169,19 @@ def pruning_values(
     With `earlier`, also those of the original: the source was pruned before. A file with all
     experts of a source that was never pruned says only its source.
     """
-    values = [_text("reap2gguf.version", version), _text("reap2gguf.source", source_label)]
+    values = [_text(VERSION_KEY, version), _text(SOURCE_KEY, source_label)]
     if method == NO_METHOD and earlier is None:
         return values
     values += [
-        _text("reap2gguf.method", method),
-        HeaderValue("reap2gguf.source_expert_count", n_experts, GGUFValueType.UINT32),
-        _experts("reap2gguf.kept_experts", kept),
+        _text(METHOD_KEY, method),
+        HeaderValue(COUNT_KEY, n_experts, GGUFValueType.UINT32),
+        _experts(KEPT_KEY, kept),
     ]
     if earlier is not None:
         values += [
-            _text("reap2gguf.original.source", earlier.label),
-            HeaderValue("reap2gguf.original.expert_count", earlier.n_experts, GGUFValueType.UINT32),
-            _experts("reap2gguf.original.kept_experts", earlier.kept),
+            _text(f"{ORIGINAL_PREFIX}source", earlier.label),
+            HeaderValue(f"{ORIGINAL_PREFIX}expert_count", earlier.n_experts, GGUFValueType.UINT32),
+            _experts(f"{ORIGINAL_PREFIX}kept_experts", earlier.kept),
         ]
     return values
 

@@ -200,9 +200,9 @@ class BlockMaker:
             raise CheckpointError(f"{self._where(rows)} as {rows.tensor.name}: {error}") from error
 
     def _where(self, rows: RowRange) -> str:
-        """Folder and name of the stored tensor that rows are read from."""
-        name, _ = self.weights.origin(rows.slab.stored)
-        return f"{self.weights.folder}: {name!r}"
+        """Where the stored tensor is that rows are read from, and its name."""
+        name = self.weights.shown_name(rows.slab.stored, rows.slab.index or 0)
+        return f"{self.weights.shown}: {name}"
 
 
 def _are_finite(data: npt.NDArray[np.uint8], dtype: str) -> bool:

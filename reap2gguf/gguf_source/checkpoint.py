@@ -55,6 +55,13 @@ class GgufCheckpoint(Checkpoint):
     def blocks(self) -> GgufHeader:
         return self._header
 
+    @property
+    def shown(self) -> Path:
+        return self._header.path
+
+    def shown_name(self, name: str, entry: int = 0) -> str:
+        return self.decoded.shown_name(name, entry)
+
     def kind(self, name: str) -> str:
         return self.decoded.kind(name)
 

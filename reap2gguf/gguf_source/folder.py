@@ -7,15 +7,12 @@ removed with the last object that needs it.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-import weakref
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gguf import Keys
 
 from reap2gguf.atomic import write_whole
+from reap2gguf.disk.temporary import TemporaryFolder
 from reap2gguf.tokenizer.from_gguf import header_tokens, write_tokenizer
 
 if TYPE_CHECKING:
@@ -39,9 +36,8 @@ class MadeFolder:
 
     def __init__(self, header: GgufHeader, config: Mapping[str, Any], name: str) -> None:
         """It holds `config`, and is called `name`: errors show it."""
-        root = tempfile.mkdtemp(prefix="reap2gguf-")
-        self._finalizer = weakref.finalize(self, shutil.rmtree, root, True)
-        self.path = Path(root, name)
+        self._root = TemporaryFolder()
+        self.path = self._root.path / name
         self.path.mkdir()
         self._header = header
         write_whole(self.path / _CONFIG, json.dumps(config, indent=2) + "\n")

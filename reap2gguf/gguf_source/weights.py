@@ -255,6 +255,15 @@ class GgufWeights(Weights):
         raw = self._header.read(info.name, before + first, before + last)
         return self._quantizer.dequantize(raw, info.tensor_type)
 
+    @property
+    def shown(self) -> Path:
+        return self._header.path
+
+    def shown_name(self, name: str, entry: int = 0) -> str:
+        piece = self._pieces[name, entry][0]
+        at = "" if len(piece.tensor.slabs) == 1 else f", matrix {piece.matrix}"
+        return f"{piece.tensor.name!r} ({name}{at})"
+
     def kind(self, name: str) -> str:
         first = self._pieces[name, 0][0]
         kind: str = self._header.tensors[first.tensor.name].tensor_type.name

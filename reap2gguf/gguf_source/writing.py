@@ -8,6 +8,7 @@ together, after they were compared with the source. Memory: the headers, and 4 M
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -79,16 +80,27 @@ def planned(
     before = checkpoint.decoded.model
     changes = changes_of(header, before, view.model, slices, name, own)
     parts = header.headers
-    paths = [output]
-    if len(parts) > 1:
-        stem = output.name.removesuffix(output.suffix)
-        names = (part_name(stem, number, len(parts)) for number in range(len(parts)))
-        paths = [output.with_name(one) for one in names]
     files = [
         PlannedFile(path, part, part_head(part, changes, slices, part is parts[0]))
-        for path, part in zip(paths, parts, strict=True)
+        for path, part in zip(part_paths(output, len(parts)), parts, strict=True)
     ]
     return PrunedGguf(tuple(files), slices)
+
+
+def part_paths(output: Path, n_parts: int) -> list[Path]:
+    """The files of an output: OUTPUT-00001-of-00003.gguf and so on, or itself if it is one."""
+    if n_parts == 1:
+        return [output]
+    stem = output.name.removesuffix(output.suffix)
+    return [output.with_name(part_name(stem, number, n_parts)) for number in range(n_parts)]
+
+
+def is_being_named(pruned: PrunedGguf, fingerprint: str, output: Path) -> bool:
+    """Whether the same call was interrupted while its files, all written, got their names."""
+    journal = ExportJournal(journal_path(output), _key(pruned, fingerprint))
+    return all(name in journal for name in pruned.slices) and all(
+        os.path.lexists(file.path) != os.path.lexists(part_of(file.path)) for file in pruned.files
+    )
 
 
 def journal_path(output: Path) -> Path:

@@ -78,7 +78,7 @@ class MoeModel(ABC):
         Without `keep_mtp`, a multi-token-prediction block is ignored. Raises CheckpointError if
         tensors and config disagree.
         """
-        where, names = str(weights.folder / "config.json"), weights.tensors.keys()
+        where, names = str(weights.shown / "config.json"), weights.tensors.keys()
         model = cls(weights.config, where, names, keep_mtp, weights.have_same_values)
         model.check_tensors(weights.tensors)
         return model

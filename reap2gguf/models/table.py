@@ -74,7 +74,7 @@ def describe(checkpoint: Weights, keep_mtp: bool = True) -> MoeModel:
     Raises UnsupportedModelError if its architecture is not in the table or it has no experts,
     CheckpointError if its tensors disagree with its config.
     """
-    where = str(checkpoint.folder / "config.json")
+    where = str(checkpoint.shown / "config.json")
     names = checkpoint.config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     if not isinstance(name, str) or name not in ARCHITECTURES:

@@ -226,7 +226,7 @@ class StreamedDecoder:
         except RuntimeError as error:
             problem = " ".join(str(error).split())
             raise CheckpointError(
-                f"{self.weights.folder}: layer {index} does not fit the model: {problem}"
+                f"{self.weights.shown}: layer {index} does not fit the model: {problem}"
             ) from error
         return layer
 
@@ -369,7 +369,7 @@ class StreamedDecoder:
             names.append(self.model.embedding_name)
         if bad := first_not_finite(self.weights, names):
             return (
-                f"tensor {bad!r} of {self.weights.folder} holds NaN or infinite values; download "
+                f"tensor {bad} of {self.weights.shown} holds NaN or infinite values; download "
                 "it again, or repair the checkpoint"
             )
         advice = "" if self._dtype is torch.float32 else "; use --dtype float32"
@@ -400,7 +400,7 @@ def _build(weights: Weights, dtype: torch.dtype) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UnsupportedModelError(
-            f"{weights.folder}: transformers cannot build the model of its config ({reason})"
+            f"{weights.shown}: transformers cannot build the model of its config ({reason})"
         ) from error
     model.set_experts_implementation(IMPLEMENTATION)
     return model

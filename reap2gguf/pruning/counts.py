@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reap2gguf.errors import UsageError
+from reap2gguf.errors import ParameterError, UsageError
 from reap2gguf.pruning.methods import is_from_weights, merges
 
 WEIGHED = "auto"  # a compression: the number of experts is weighed against bits, in a build
@@ -11,10 +11,14 @@ WEIGHED = "auto"  # a compression: the number of experts is weighed against bits
 def check_counts(keep_experts: object, compression: object) -> None:
     """Raise UsageError for values that fit no model; `choose_target` knows each model's bounds."""
     if keep_experts is not None and type(keep_experts) is not int:
-        raise UsageError(f"keep_experts is {keep_experts!r}, expected a whole number")
+        raise ParameterError(
+            f"keep_experts is {keep_experts!r}, expected a whole number", "keep_experts"
+        )
     is_number = isinstance(compression, int | float) and not isinstance(compression, bool)
     if compression is not None and not is_number:
-        raise UsageError(f"compression is {compression!r}, expected a number, such as 0.25")
+        raise ParameterError(
+            f"compression is {compression!r}, expected a number, such as 0.25", "compression"
+        )
     if keep_experts is not None and compression is not None:
         raise UsageError(
             "--keep-experts and --compression both set the number of experts; pass one of them"
@@ -57,9 +61,13 @@ def check_weighed(method: str, keep_experts: object, has_target: bool, kept: obj
 def check_asked(method: str, repair: str, group_size: object) -> None:
     """Refuse options that have no effect with a method, or none together. Raises UsageError."""
     if group_size is not None and (type(group_size) is not int or group_size < 2):
-        raise UsageError(f"group_size is {group_size!r}, expected a whole number from 2")
+        raise ParameterError(
+            f"group_size is {group_size!r}, expected a whole number from 2", "group_size"
+        )
     if group_size is not None and method != "ream":
-        raise UsageError("group_size is for the method ream; pass it, or leave this out")
+        raise ParameterError(
+            "group_size is for the method ream; pass it, or leave this out", "group_size"
+        )
     if merges(method) and repair != "none":
         raise UsageError(
             f"--repair: --method {method} gives experts new weights itself; leave one of them out"

@@ -16,6 +16,14 @@ from reap2gguf.bundle.layout import KEPT_FILE, MANIFEST_FILE
 from reap2gguf.bundle.manifest import EarlierPruning, Manifest, earlier_pruning
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import ArtifactError, CheckpointError
+from reap2gguf.exporting.header_facts import (
+    COUNT_KEY,
+    METHOD_KEY,
+    ORIGINAL_PREFIX,
+    SOURCE_KEY,
+    VERSION_KEY,
+    pruning_values,
+)
 from reap2gguf.pruning.methods import RECORDED
 
 if TYPE_CHECKING:
@@ -25,10 +33,12 @@ if TYPE_CHECKING:
     from reap2gguf.gguf_files.reader import GgufHeader
     from reap2gguf.hub.retry import Note
     from reap2gguf.hub.source import Source
-    from reap2gguf.models.description import ModelFacts
+    from reap2gguf.models.description import HeaderValue, ModelFacts
     from reap2gguf.pruning.select import Kept
 
 ORIGINAL = "original"  # the key of the file of `prune`
+_OWN_PREFIX = "reap2gguf."
+_MOST_LETTERS = 256  # of a text that is repeated
 _LABEL = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -111,9 +121,36 @@ def original_of(
     """What a folder of `prune` records, for the day when it is a source itself."""
     history = read_history(checkpoint, facts, lambda line: None)
     if history is None:
-        everything = {layer: range(facts.n_experts) for layer in facts.moe_layers}
-        history = History(source.label, source.revision, facts.n_experts, (), everything)
+        history = History(source.label, source.revision, facts.n_experts, (), _everything(facts))
     return replace(history, methods=(*history.methods, method)).after(kept)
+
+
+def repeated_pruning(
+    checkpoint: Checkpoint, facts: ModelFacts, note: Note
+) -> tuple[HeaderValue, ...]:
+    """The keys by which a pruned GGUF file says so, for another file of the same experts.
+
+    None for another source, or for keys that do not fit it; that is reported to `note`.
+    """
+    header = checkpoint.gguf
+    history = None if header is None else _history_in(header, facts, note)
+    if header is None or history is None:
+        return ()
+    keys = header.metadata
+    try:
+        texts = [_short_text(keys.get(key)) for key in (SOURCE_KEY, METHOD_KEY, VERSION_KEY)]
+        own = _recorded_in(header, facts, _OWN_PREFIX)
+    except ValueError as error:
+        note(_unfit(header, error))
+        return ()
+    earlier = history.after(_everything(facts)) if _has_original(header) else None
+    source, method, version = texts
+    return tuple(pruning_values(source, method, own.n_experts, own.experts, version, earlier))
+
+
+def _everything(facts: ModelFacts) -> dict[int, tuple[int, ...]]:
+    """All experts of a model, by layer."""
+    return {layer: tuple(range(facts.n_experts)) for layer in facts.moe_layers}
 
 
 def _history_of_prune(path: Path, facts: ModelFacts) -> History | None:
@@ -132,36 +169,49 @@ def _history_of_prune(path: Path, facts: ModelFacts) -> History | None:
 
 def _history_in(header: GgufHeader, facts: ModelFacts, note: Note) -> History | None:
     """What the keys of a GGUF file of this program say, of the original where there was one."""
-    keys = header.metadata
-    methods = () if (method := keys.get("reap2gguf.method")) is None else (method,)
-    prefix = "reap2gguf.original." if "reap2gguf.original.source" in keys else "reap2gguf."
-    count_key = "source_expert_count" if prefix == "reap2gguf." else "expert_count"
-    label, n_experts = keys.get(f"{prefix}source"), keys.get(f"{prefix}{count_key}")
-    flat = keys.get(f"{prefix}kept_experts")
-    if flat is None:
+    prefix = ORIGINAL_PREFIX if _has_original(header) else _OWN_PREFIX
+    if f"{prefix}kept_experts" not in header.metadata:
         return None
     try:
-        if not isinstance(label, str) or type(n_experts) is not int or not isinstance(flat, list):
-            raise ValueError("its keys are incomplete")
-        each = facts.n_experts
-        if len(flat) != each * len(facts.moe_layers) or not all(type(one) is int for one in flat):
-            raise ValueError(f"it names {len(flat)} kept experts")
-        experts = {
-            layer: tuple(flat[at * each : (at + 1) * each])
-            for at, layer in enumerate(facts.moe_layers)
-        }
-        if min(flat) < 0 or max(flat) >= n_experts:
-            raise ValueError("it names experts that the original did not have")
-        # of a file on the Hub, the repository
-        history = History(label.partition(":")[0], None, n_experts, methods, experts)
-        _check(history, methods, facts)
+        return _recorded_in(header, facts, prefix)
     except ValueError as error:
-        note(
-            f"{header.path}: its reap2gguf.* keys do not fit it ({error}); an earlier pruning is "
-            "not recorded"
-        )
+        note(_unfit(header, error))
         return None
+
+
+def _has_original(header: GgufHeader) -> bool:
+    return f"{ORIGINAL_PREFIX}source" in header.metadata
+
+
+def _unfit(header: GgufHeader, error: ValueError) -> str:
+    found = f"{header.path}: its reap2gguf.* keys do not fit it ({error})"
+    return f"{found}; an earlier pruning is not recorded"
+
+
+def _recorded_in(header: GgufHeader, facts: ModelFacts, prefix: str) -> History:
+    """What the keys with a prefix say: of the original, or of the source. ValueError if unfit."""
+    keys = header.metadata
+    methods = () if (method := keys.get(METHOD_KEY)) is None else (method,)
+    count = keys.get(COUNT_KEY if prefix == _OWN_PREFIX else f"{prefix}expert_count")
+    label, flat = keys.get(f"{prefix}source"), keys.get(f"{prefix}kept_experts")
+    if not isinstance(label, str) or type(count) is not int or not isinstance(flat, list):
+        raise ValueError("its keys are incomplete")
+    each, layers = facts.n_experts, facts.moe_layers
+    if len(flat) != each * len(layers) or not all(type(one) is int for one in flat):
+        raise ValueError(f"it names {len(flat)} kept experts")
+    if min(flat) < 0 or max(flat) >= count:
+        raise ValueError("it names experts that the original did not have")
+    experts = {layer: tuple(flat[at * each : (at + 1) * each]) for at, layer in enumerate(layers)}
+    # of a file on the Hub, the repository
+    history = History(label.partition(":")[0], None, count, methods, experts)
+    _check(history, methods, facts)
     return history
+
+
+def _short_text(value: object) -> str:
+    if not isinstance(value, str) or len(value) > _MOST_LETTERS or not value.isprintable():
+        raise ValueError("its source, method or version is no short text")
+    return value
 
 
 def _check(history: History, methods: Sequence[str], facts: ModelFacts) -> None:

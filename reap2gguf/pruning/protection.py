@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from reap2gguf.errors import ArtifactError, UsageError
+from reap2gguf.errors import ArtifactError, ParameterError, UsageError
 from reap2gguf.messages import shown
 from reap2gguf.pruning.methods import is_from_weights
 
@@ -72,7 +72,7 @@ class ProtectedExperts:
 def read_pinned(text: object) -> tuple[Pinned, ...]:
     """What a text such as "3:17,0-3:5,*:9" names. Raises UsageError if it is malformed."""
     if not isinstance(text, str) or len(text) > _MOST_LETTERS:
-        raise UsageError(f"protect is {shown(text)}, expected a text {_EXAMPLE}")
+        raise ParameterError(f"protect is {shown(text)}, expected a text {_EXAMPLE}", "protect")
     return tuple(_item(part.strip()) for part in text.split(",")) if text.strip() else ()
 
 

@@ -54,7 +54,7 @@ class ReplacedView(PrunedView):
                 )
             ):
                 raise CheckpointError(
-                    f"{replaced.folder}: tensor {name!r} is not in the pruned model, or has "
+                    f"{replaced.shown}: tensor {name!r} is not in the pruned model, or has "
                     "another type or shape there; run the build again with --fresh"
                 )
         self._other = replaced

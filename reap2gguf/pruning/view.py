@@ -25,6 +25,8 @@ from reap2gguf.models.description import Dropped, Expert, ModelFacts, Router
 from reap2gguf.pruning.quantization import pruned_quantization
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from reap2gguf.gguf_files.blocks import Blocks
     from reap2gguf.gguf_files.reader import GgufHeader
     from reap2gguf.models.contract import MoeModel
@@ -68,6 +70,15 @@ class _Slices(Weights):
         origin = self._origins[name]
         at = entry if origin.entries is None else origin.entries[entry]
         return self._source.origin(origin.name, at)
+
+    @property
+    def shown(self) -> Path:
+        return self._source.shown
+
+    def shown_name(self, name: str, entry: int = 0) -> str:
+        origin = self._origins[name]
+        at = entry if origin.entries is None else origin.entries[entry]
+        return self._source.shown_name(origin.name, at)
 
     @property
     def gguf(self) -> GgufHeader | None:
@@ -169,7 +180,7 @@ class PrunedView(_Slices):
             return self
         if self.replaced:
             raise UnsupportedModelError(
-                f"{self.folder}: the weights are quantized, and new ones cannot be stored among "
+                f"{self.shown}: the weights are quantized, and new ones cannot be stored among "
                 "them; pass --dequantize bf16"
             )
         return self._files
@@ -244,7 +255,7 @@ def _sliced(stored: Weights, source: Weights, model: MoeModel, kept: Kept) -> It
             is_part = stored is not source and len(source.parts(weight)) > 1
             if is_part and isinstance(role, Router):
                 raise UnsupportedModelError(
-                    f"{source.folder}: the router {weight!r} is quantized, so its rows cannot be "
+                    f"{source.shown}: the router {weight!r} is quantized, so its rows cannot be "
                     "taken out of what is stored; pass --dequantize bf16"
                 )
             if not is_part or stored.tensors[name].shape[:1] == (model.facts.n_experts,):

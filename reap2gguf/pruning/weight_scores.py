@@ -120,8 +120,8 @@ def weight_scores(
     for layer, scores in found.items():
         if len(bad := np.flatnonzero(~np.isfinite(scores))):
             raise CheckpointError(
-                f"layer {layer}: the weights of expert {bad[0]} are not finite (those of "
-                f"{len(bad)} of {n_experts} experts); the checkpoint is damaged"
+                f"{weights.shown}: layer {layer}: the weights of expert {bad[0]} are not finite "
+                f"(those of {len(bad)} of {n_experts} experts); the checkpoint is damaged"
             )
     return found
 

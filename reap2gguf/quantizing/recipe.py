@@ -32,10 +32,10 @@ from gguf import GGMLQuantizationType
 from reap2gguf.errors import RecipeError, UsageError
 from reap2gguf.files import is_plain
 from reap2gguf.messages import shown
-from reap2gguf.options import RecipeText
 from reap2gguf.quantizing.file_types import IK_MIXTURES, MIXTURES, REFUSED, Mixture, mixture_named
 from reap2gguf.quantizing.labels import IK_LABEL, check_ik_label, label_fault
 from reap2gguf.quantizing.minimum import MINIMUM_KEYS, Minimum, check_weighted, read_minimum
+from reap2gguf.quantizing.named import RecipeText
 from reap2gguf.quantizing.selector import Selector, check_glob, check_layers, check_regex
 from reap2gguf.quantizing.toml_text import (
     SourceLines,

@@ -193,8 +193,8 @@ def verify(
 
     Reads everything back from disk and exits with 1 if anything is wrong. PATHS are the folders of
     a bundle, or a safetensors folder and GGUF files that were made from it, or GGUF files that were
-    pruned from the GGUF file --source. Prints how strictly
-    each file was compared (hashes, values or exact), and what could not be checked.
+    made from the GGUF file --source, by `prune` or `quantize`. Prints how strictly each file was
+    compared (hashes, values or exact), and what could not be checked.
 
     \b
     Example:

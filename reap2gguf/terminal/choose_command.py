@@ -16,6 +16,7 @@ from reap2gguf.terminal.click_options import (
     json_option,
     model_argument,
     output_options,
+    overwrite_option,
 )
 from reap2gguf.terminal.compute_options import collect_compute, compute_options, threads_option
 from reap2gguf.terminal.console import say, say_all, say_json, terminal_progress
@@ -56,6 +57,7 @@ from reap2gguf.terminal.pruning_options import (
 @compute_options
 @threads_option
 @option("-o", "--output", section=WRITE, type=FilePath, metavar="FILE", help="JSON file to write.")
+@overwrite_option
 @follow_links_option
 @json_option
 @output_options
@@ -92,7 +94,7 @@ def choose(
     """
     taken = (
         *("keep_experts", "compression", "candidates", "observations", "mtp", "follow_links"),
-        *("protect", "protect_super_experts", "group_size"),
+        *("protect", "protect_super_experts", "group_size", "overwrite"),
     )
     found = reap2gguf.choose(
         model,

@@ -12,12 +12,12 @@ from click.core import ParameterSource
 
 from reap2gguf.choosing.names import check_candidates
 from reap2gguf.options import (
-    DEFAULT_RECIPE,
     EVALUATE_CHOICES,
     IMATRIX_FROM_CHOICES,
     BuildOptions,
     CalibrationOptions,
 )
+from reap2gguf.quantizing.named import DEFAULT_RECIPE
 from reap2gguf.terminal.compute_options import (
     check_quants_option,
     collect_compute,
@@ -133,6 +133,10 @@ calibration_options = together(
         help="Pack several samples into one full row (default for the published mixes), or use "
         "one row per sample (default otherwise).",
     ),
+)
+
+overwrite_option = option(
+    "--overwrite", section=WRITE, is_flag=True, help="Replace the output if it exists."
 )
 
 json_option = option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import reap2gguf
-from reap2gguf.terminal.click_options import json_option, output_options
+from reap2gguf.terminal.click_options import json_option, output_options, overwrite_option
 from reap2gguf.terminal.compute_options import (
     collect_compute,
     compute_options,
@@ -68,6 +68,7 @@ _COLUMNS = 80  # of what is not a terminal
     help="Draw quality against size.",
 )
 @option("-o", "--output", section=WRITE, type=FilePath, metavar="FILE", help="JSON file to write.")
+@overwrite_option
 @compute_options
 @threads_option
 @llama_cpp_option
@@ -83,6 +84,7 @@ def compare(
     by_layer: bool,
     picture: Path | None,
     output: Path | None,
+    overwrite: bool,
     as_json: bool,
     **more: Any,
 ) -> None:
@@ -111,6 +113,7 @@ def compare(
         quality=not no_quality,
         picture=picture,
         output=output,
+        overwrite=overwrite,
         compute=collect_compute(more),
         progress=terminal_progress(),
     )

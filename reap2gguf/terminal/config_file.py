@@ -16,7 +16,7 @@ from click.core import ParameterSource
 
 from reap2gguf.errors import UsageError
 from reap2gguf.messages import shown
-from reap2gguf.options import DEFAULT_RECIPES
+from reap2gguf.quantizing.named import DEFAULT_RECIPES
 from reap2gguf.terminal.console import say
 from reap2gguf.terminal.help import MODEL, Number, option
 from reap2gguf.terminal.option_types import CompressionType, FilePath, FolderPath

@@ -13,6 +13,7 @@ from reap2gguf.terminal.click_options import (
     follow_links_option,
     json_option,
     output_options,
+    overwrite_option,
 )
 from reap2gguf.terminal.compute_options import collect_compute, compute_options, threads_option
 from reap2gguf.terminal.console import say_all, say_json, terminal_progress
@@ -180,6 +181,7 @@ _SAME = (
 @compute_options
 @threads_option
 @option("-o", "--output", section=WRITE, type=FilePath, metavar="FILE", help="JSON file to write.")
+@overwrite_option
 @option(
     "--update",
     section=WRITE,
@@ -194,6 +196,7 @@ def evaluate(
     variants: tuple[Path, ...],
     source: str | None,
     output: Path | None,
+    overwrite: bool,
     update: bool,
     follow_links: bool,
     as_json: bool,
@@ -218,6 +221,7 @@ def evaluate(
         source=source,
         options=_options(arguments),
         output=output,
+        overwrite=overwrite,
         update=update,
         compute=collect_compute(arguments),
         follow_links=follow_links,

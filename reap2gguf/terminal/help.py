@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import click
 
+from reap2gguf.errors import ParameterError, UsageError
 from reap2gguf.messages import shown
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -64,7 +66,21 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """A command whose help lists its options by section."""
+    """A command whose help lists its options by section, and whose errors name its options."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it; a parameter of the library in an error becomes the option that sets it."""
+        try:
+            return super().invoke(ctx)
+        except ParameterError as error:
+            raise UsageError(self._as_typed(error)) from error
+
+    def _as_typed(self, error: ParameterError) -> str:
+        message = str(error)
+        for name in error.names:
+            shown_name = next(filter(None, (typed(one, name) for one in self.params)), name)
+            message = re.sub(rf"(?<![\w-]){name}\b", shown_name, message, count=1)
+        return message
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -76,6 +92,19 @@ class Command(click.Command):
             if heading in sections:
                 with formatter.section("Options" if len(sections) == 1 else heading):
                     formatter.write_dl(sections[heading])
+
+
+def typed(parameter: click.Parameter, name: str) -> str:
+    """How the command line sets the library's parameter `name`; empty if it does not by this one.
+
+    That is the option of the same words, or the one whose value goes there, or an argument.
+    """
+    if isinstance(parameter, click.Argument):
+        return (parameter.metavar or name.upper()).strip("[].") if parameter.name == name else ""
+    option_name = f"--{name.replace('_', '-')}"
+    if option_name in parameter.opts:
+        return option_name
+    return max(parameter.opts, key=len) if parameter.name == name else ""
 
 
 def command(name: str | None = None) -> Callable[[Callable[..., Any]], Command]:

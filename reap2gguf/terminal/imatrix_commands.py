@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 import reap2gguf
-from reap2gguf.terminal.click_options import json_option, output_options
+from reap2gguf.terminal.click_options import json_option, output_options, overwrite_option
 from reap2gguf.terminal.console import say, say_all, say_json
 from reap2gguf.terminal.help import PRUNE, WRITE, Number, command, option
 from reap2gguf.terminal.option_types import FilePath, FolderPath
@@ -102,9 +102,10 @@ def imatrix_show(file: Path, below: int, with_experts: bool, as_csv: bool, as_js
 @option(
     "-o", "--output", section=WRITE, type=FilePath, required=True, help="imatrix.gguf to write."
 )
+@overwrite_option
 @json_option
 @output_options
-def imatrix_slice(file: Path, kept: Path, output: Path, as_json: bool) -> None:
+def imatrix_slice(file: Path, kept: Path, output: Path, overwrite: bool, as_json: bool) -> None:
     """Cut a matrix to the kept experts.
 
     FILE, .gguf or .dat, is an importance matrix of the model before pruning, such as one that its
@@ -119,7 +120,7 @@ def imatrix_slice(file: Path, kept: Path, output: Path, as_json: bool) -> None:
     """
     from reap2gguf.terminal import imatrix_views
 
-    sliced = reap2gguf.slice_imatrix(file, kept, output)
+    sliced = reap2gguf.slice_imatrix(file, kept, output, overwrite=overwrite)
     if as_json:
         say_json({"output": str(output), **imatrix_views.sliced_as_values(sliced)})
         return
@@ -133,9 +134,10 @@ def imatrix_slice(file: Path, kept: Path, output: Path, as_json: bool) -> None:
 @option(
     "-o", "--output", section=WRITE, type=FilePath, required=True, help="imatrix.gguf to write."
 )
+@overwrite_option
 @json_option
 @output_options
-def imatrix_merge(files: tuple[Path, ...], output: Path, as_json: bool) -> None:
+def imatrix_merge(files: tuple[Path, ...], output: Path, overwrite: bool, as_json: bool) -> None:
     """Add matrices of one model.
 
     FILES are importance matrices of the same model, computed on different texts: two or more, all
@@ -147,7 +149,7 @@ def imatrix_merge(files: tuple[Path, ...], output: Path, as_json: bool) -> None:
     """
     from reap2gguf.terminal import imatrix_views
 
-    merged = reap2gguf.merge_imatrices(files, output)
+    merged = reap2gguf.merge_imatrices(files, output, overwrite=overwrite)
     if as_json:
         say_json({"output": str(output), **imatrix_views.merged_as_values(merged)})
         return

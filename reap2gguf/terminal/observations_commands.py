@@ -9,7 +9,7 @@ import click
 
 import reap2gguf
 from reap2gguf.errors import ArtifactError
-from reap2gguf.terminal.click_options import json_option, output_options
+from reap2gguf.terminal.click_options import json_option, output_options, overwrite_option
 from reap2gguf.terminal.console import say, say_all, say_json
 from reap2gguf.terminal.help import WRITE, command, option
 from reap2gguf.terminal.option_types import FilePath
@@ -75,9 +75,10 @@ def show(
 @option(
     "-o", "--output", section=WRITE, type=FilePath, required=True, help="Observations to write."
 )
+@overwrite_option
 @json_option
 @output_options
-def merge(files: tuple[Path, ...], output: Path, as_json: bool) -> None:
+def merge(files: tuple[Path, ...], output: Path, overwrite: bool, as_json: bool) -> None:
     """Add observations of one model.
 
     FILES are observations of the same model on different texts: two or more. The result is as if
@@ -90,7 +91,7 @@ def merge(files: tuple[Path, ...], output: Path, as_json: bool) -> None:
     """
     from reap2gguf.terminal import observations_views
 
-    merged = reap2gguf.merge_observations(files, output)
+    merged = reap2gguf.merge_observations(files, output, overwrite=overwrite)
     if as_json:
         say_json({"output": str(output), **observations_views.about(merged)})
         return

@@ -174,7 +174,8 @@ def _files(plan: Plan, with_tensors: bool) -> Iterator[str]:
         most = "up to " if plan.weighs else ""
         yield f"  {plan.name}/  {most}{size(plan.hf_bytes)} of safetensors"
     for recipe in plan.recipes:
-        parts = f" in {n} parts" if (n := len(sizes := plan.file_sizes(recipe))) > 1 else ""
+        sizes = plan.file_sizes(recipe)
+        parts = f" in {len(sizes)} parts" if len(sizes) > 1 else ""
         yield f"  {plan.gguf_name(recipe)}  {size(sum(sizes))}{parts}"
         if plan.sized is not None and recipe is plan.recipes[-1]:
             for line in sized_lines(plan.sized, recipe):

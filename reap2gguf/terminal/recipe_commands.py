@@ -13,6 +13,7 @@ from reap2gguf.terminal.click_options import (
     json_option,
     model_argument,
     output_options,
+    overwrite_option,
     tensor_type_option,
 )
 from reap2gguf.terminal.compute_options import (
@@ -211,8 +212,9 @@ def recipes_check(
       reap2gguf recipes check Q4_K_M --set experts.down=q6_k --set attention@0-1=q8_0
     """
     import reap2gguf
-    from reap2gguf.options import BuildOptions, one_recipe
+    from reap2gguf.options import BuildOptions
     from reap2gguf.quantizing.labels import hub_note
+    from reap2gguf.quantizing.named import one_recipe
     from reap2gguf.terminal.recipe_views import check_as_json, check_lines
 
     options = BuildOptions(
@@ -246,6 +248,7 @@ def recipes_check(
 @option(
     "-o", "--output", section=WRITE, type=FilePath, required=True, help="Recipe (.toml) to write."
 )
+@overwrite_option
 @quantizing_device_option
 @threads_option
 @llama_cpp_option
@@ -260,6 +263,7 @@ def recipes_fit(
     fit_context: int | None,
     sensitivity: str,
     output: Path,
+    overwrite: bool,
     device: str,
     threads: int,
     follow_links: bool,
@@ -294,6 +298,7 @@ def recipes_fit(
         sensitivity=sensitivity,
         device=device,
         threads=threads,
+        overwrite=overwrite,
         follow_links=follow_links,
         progress=terminal_progress(),
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 import reap2gguf
-from reap2gguf.terminal.click_options import json_option, output_options
+from reap2gguf.terminal.click_options import json_option, output_options, overwrite_option
 from reap2gguf.terminal.console import say, say_all, say_json, screen_progress
 from reap2gguf.terminal.help import WRITE, Command, command, option
 from reap2gguf.terminal.option_types import FilePath
@@ -24,9 +24,10 @@ _output_option = option(
 @command("of")
 @click.argument("file", metavar="FILE.gguf")
 @_output_option
+@overwrite_option
 @json_option
 @output_options
-def recipes_of(file: str, output: Path | None, as_json: bool) -> None:
+def recipes_of(file: str, output: Path | None, overwrite: bool, as_json: bool) -> None:
     """Print the recipe of a GGUF file.
 
     FILE.gguf is of any publisher: a file, the first of several parts, or a name on the Hub, of
@@ -39,7 +40,7 @@ def recipes_of(file: str, output: Path | None, as_json: bool) -> None:
       reap2gguf recipes of Qwen3-30B-A3B-UD-Q4_K_XL.gguf
       reap2gguf recipes of owner/name:FILE.gguf -o like-theirs.toml
     """
-    found = reap2gguf.recipe_of(file, output, progress=screen_progress())
+    found = reap2gguf.recipe_of(file, output, overwrite=overwrite, progress=screen_progress())
     if as_json:
         say_json(found.as_json())
         return
@@ -71,6 +72,7 @@ class _WithText(Command):
     default_text="the text's, else by its types",
 )
 @_output_option
+@overwrite_option
 @json_option
 @output_options
 def recipes_import(
@@ -78,6 +80,7 @@ def recipes_import(
     model: str | None,
     base: str | None,
     output: Path | None,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Turn a llama-quantize command into TOML.
@@ -98,6 +101,7 @@ def recipes_import(
         model,
         output,
         base=base,
+        overwrite=overwrite,
         progress=screen_progress(),
     )
     if as_json:

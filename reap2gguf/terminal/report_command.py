@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 import reap2gguf
-from reap2gguf.terminal.click_options import output_options
+from reap2gguf.terminal.click_options import output_options, overwrite_option
 from reap2gguf.terminal.console import say
 from reap2gguf.terminal.help import WRITE, command, option
 from reap2gguf.terminal.option_types import FilePath, FolderPath
@@ -24,8 +24,9 @@ from reap2gguf.terminal.option_types import FilePath, FolderPath
     help="The HTML file.",
     default_text="NAME-report.html in the current folder",
 )
+@overwrite_option
 @output_options
-def report(bundle: Path, output: Path | None) -> None:
+def report(bundle: Path, output: Path | None, overwrite: bool) -> None:
     """Write one HTML page about a bundle.
 
     BUNDLE is either folder of a finished bundle. The page shows what was done and what it cost:
@@ -38,5 +39,5 @@ def report(bundle: Path, output: Path | None) -> None:
     """
     from reap2gguf.messages import size
 
-    path = reap2gguf.report(bundle, output)
+    path = reap2gguf.report(bundle, output, overwrite=overwrite)
     say(f"{path}: {size(path.stat().st_size)}; open it in a browser", "result")

@@ -9,13 +9,15 @@ import click
 
 import reap2gguf
 from reap2gguf.messages import size
-from reap2gguf.options import DEFAULT_RECIPE, CalibrationOptions
+from reap2gguf.options import CalibrationOptions
+from reap2gguf.quantizing.named import DEFAULT_RECIPE
 from reap2gguf.terminal.click_options import (
     calibration_options,
     follow_links_option,
     label_option,
     model_argument,
     output_options,
+    overwrite_option,
     seed_option,
     tensor_type_option,
 )
@@ -48,6 +50,7 @@ from reap2gguf.terminal.pruning_options import pruning_options, repair_option
 @option(
     "-o", "--output", section=WRITE, type=FilePath, required=True, help="Observations to write."
 )
+@overwrite_option
 @follow_links_option
 @output_options
 def observe(
@@ -59,6 +62,7 @@ def observe(
     pack: bool | None,
     imatrix_sums: bool,
     output: Path,
+    overwrite: bool,
     follow_links: bool,
     **compute: Any,
 ) -> None:
@@ -84,6 +88,7 @@ def observe(
         compute=collect_compute(compute),
         follow_links=follow_links,
         imatrix_sums=imatrix_sums,
+        overwrite=overwrite,
         progress=terminal_progress(),
     )
     counts = f"{seen.n_rows} rows, {seen.n_tokens:,} tokens, {len(seen.layers)} layers"
@@ -111,6 +116,12 @@ def observe(
     type=FolderPath,
     required=True,
     help="Folder to write; a GGUF file for one.",
+)
+@option(
+    "--overwrite",
+    section=WRITE,
+    is_flag=True,
+    help="Replace a GGUF file if it exists; a folder is never replaced.",
 )
 @follow_links_option
 @output_options
@@ -151,7 +162,7 @@ def prune(
     calibration = CalibrationOptions(spec, samples, max_length, seed, pack)
     names = "device", "memory", "spool", "dtype", "threads"
     compute = {name: arguments.pop(name) for name in names}
-    selection = reap2gguf.prune(
+    found = reap2gguf.prune(
         model,
         observations,
         output,
@@ -159,9 +170,10 @@ def prune(
         compute=collect_compute(compute),
         **arguments,
         progress=progress,
-    ).selection
+    )
+    selection = found.selection
     kept = f"keeps {selection.n_kept} of {selection.n_experts} experts per layer"
-    say(f"{output}: {kept}", "result")
+    say(f"{found.folder}: {kept}", "result")
 
 
 @command("compute")
@@ -190,6 +202,7 @@ def prune(
 @option(
     "-o", "--output", section=WRITE, type=FilePath, required=True, help="imatrix.gguf to write."
 )
+@overwrite_option
 @follow_links_option
 @output_options
 def imatrix(
@@ -199,6 +212,7 @@ def imatrix(
     imatrix_chunks: int | None,
     seed: int,
     output: Path,
+    overwrite: bool,
     follow_links: bool,
     **compute: Any,
 ) -> None:
@@ -219,6 +233,7 @@ def imatrix(
         chunk=chunk,
         imatrix_chunks=imatrix_chunks,
         seed=seed,
+        overwrite=overwrite,
         compute=collect_compute(compute),
         follow_links=follow_links,
         progress=terminal_progress(),
@@ -254,6 +269,7 @@ def imatrix(
     required=True,
     help="GGUF file to write, or a folder for NAME-LABEL.gguf.",
 )
+@overwrite_option
 @tensor_type_option
 @label_option
 @quantizing_device_option
@@ -272,6 +288,7 @@ def quantize(
     threads: int,
     check_quants: str,
     output: str,
+    overwrite: bool,
     follow_links: bool,
 ) -> None:
     """Write HF_DIR as one GGUF file.
@@ -295,6 +312,7 @@ def quantize(
         threads=threads,
         device=device,
         check_quants=check_quants,
+        overwrite=overwrite,
         follow_links=follow_links,
         progress=terminal_progress(),
     )

@@ -55,7 +55,7 @@ OPTIONS = {
     "--push-to-hub": "`reap2gguf push` after the build",
     "--yes": "the command without it: nothing asks for confirmation",
     "-y": "--yes",
-    "--force": "--fresh to start from scratch",
+    "--force": "--overwrite",
     "--overwrite": "--fresh to start from scratch",
     "--resume": "the same command again: it resumes by itself",
     "--hf-path": "--model",
@@ -113,6 +113,8 @@ def for_option(name: str, known: Iterable[str]) -> str:
     known = list(known)
     asked = name.lower().replace("_", "-")
     advice = OPTIONS.get(asked, "")
+    if advice in OPTIONS and advice not in known:
+        advice = OPTIONS[advice]
     # an option is advised to those commands alone that have it
     if advice and (not advice.startswith("-") or advice.split()[0] in known):
         return f"; use {advice}"

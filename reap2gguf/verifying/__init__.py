@@ -10,6 +10,7 @@ facts             what the manifest says twice; its parts choice, budget and pro
 generated         cards and other small files, made again; differences: where they differ
 against_source    with the model that was pruned; opening: as the user names it
 changed           new weights of a repair or a merge; sliced: a GGUF file cut out of another
+of_gguf           GGUF files alone, with the GGUF file that they were made from
 
 The safetensors folder:
 
@@ -23,6 +24,7 @@ imatrix_files     the importance matrix
 gguf_file         one file: gguf_layout, gguf_header, then its values
 gguf_values       rows of all files against the weights, each range read once
 comparison        one file against a range; matrices: how far it may be; device_comparison: on a GPU
+alone             files with nothing to compare them with
 exactness         which types are made again and compared byte for byte
 memory            what that takes
 """

@@ -14,7 +14,7 @@ from gguf import Keys
 from reap2gguf.errors import ArtifactError, CheckpointError, Reap2ggufError, UsageError
 from reap2gguf.exporting.header_facts import pruning_values
 from reap2gguf.gguf_files.part_names import parse_part_name
-from reap2gguf.gguf_files.split import first_parts, read_whole_header
+from reap2gguf.gguf_files.split import read_whole_header
 from reap2gguf.gguf_source.checking import violations_in
 from reap2gguf.gguf_source.header import RECIPE_KEY
 from reap2gguf.gguf_source.writing import PrunedGguf, planned
@@ -22,10 +22,9 @@ from reap2gguf.messages import shown
 from reap2gguf.pruning.given_kept import check_kept_map
 from reap2gguf.pruning.history import read_history
 from reap2gguf.pruning.view import PrunedView
-from reap2gguf.verifying.report import Findings, Level, VerifyReport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.gguf_files.reader import GgufHeader
@@ -34,21 +33,8 @@ if TYPE_CHECKING:
     from reap2gguf.progress import Progress
     from reap2gguf.pruning.select import Kept
 
-_KEPT = "reap2gguf.kept_experts"
+KEPT_KEY = "reap2gguf.kept_experts"
 _TEXTS = ("reap2gguf.source", "reap2gguf.method", "reap2gguf.version", Keys.General.NAME)
-
-
-def verify_sliced(
-    paths: Sequence[Path], checkpoint: GgufCheckpoint, progress: Progress
-) -> VerifyReport:
-    """Compare GGUF files with the one that they were pruned from; of parts, the first is enough."""
-    found = Findings([path.name for path in paths])
-    for path in first_parts(paths):
-        violations = list(compared_blocks(path, checkpoint, progress))
-        found.violations += violations
-        if not violations:
-            found.reach(Level.EXACT, [path])
-    return found.report()
 
 
 def is_sliced_of(reference: tuple[Weights, object] | None, header: GgufHeader | None) -> bool:
@@ -58,7 +44,7 @@ def is_sliced_of(reference: tuple[Weights, object] | None, header: GgufHeader | 
     too: the manifest of a bundle tells.
     """
     source = None if reference is None else reference[0].gguf
-    if source is None or header is None or _KEPT not in header.metadata:
+    if source is None or header is None or KEPT_KEY not in header.metadata:
         return False
     return header.metadata.get(RECIPE_KEY) == source.metadata.get(RECIPE_KEY)
 
@@ -82,7 +68,7 @@ def expected_slices(path: Path, checkpoint: GgufCheckpoint, progress: Progress) 
     """
     header = read_whole_header(path)
     source, method, version, name = (_text(header, key) for key in _TEXTS)
-    model, kept = _kept(header, checkpoint)
+    model, kept = kept_in(header, checkpoint)
     view = PrunedView(checkpoint, model, kept)
     history = read_history(checkpoint, model.facts, progress.note)
     earlier = None if history is None else history.after(kept)
@@ -98,15 +84,15 @@ def expected_slices(path: Path, checkpoint: GgufCheckpoint, progress: Progress) 
     return plan
 
 
-def _kept(header: GgufHeader, checkpoint: GgufCheckpoint) -> tuple[MoeModel, Kept]:
+def kept_in(header: GgufHeader, checkpoint: GgufCheckpoint) -> tuple[MoeModel, Kept]:
     """Which experts a file keeps; the model is without its MTP block if that was dropped."""
-    path, flat = header.path, header.metadata.get(_KEPT)
+    path, flat = header.path, header.metadata.get(KEPT_KEY)
     count: Any = header.metadata.get(f"{checkpoint.decoded.model.facts.gguf_arch}.expert_count")
     count = count[0] if isinstance(count, list) and count else count
     if not isinstance(flat, list) or type(count) is not int or count < 1:
         raise ArtifactError(
-            f"{path}: does not say which experts it keeps ({_KEPT}), so it was not pruned from a "
-            "GGUF file by this program; leave out --source"
+            f"{path}: does not say which experts it keeps ({KEPT_KEY}), so it was not pruned "
+            "from a GGUF file by this program; leave out --source"
         )
     models = [checkpoint.decoded.model]
     if models[0].facts.has_mtp:

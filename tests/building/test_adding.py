@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import reap2gguf
-from reap2gguf.api.stages import quantize
+from reap2gguf.api.quantizing import quantize
 from reap2gguf.building import adding, pipeline
 from reap2gguf.errors import OutputError, RecipeError, UsageError, VerificationError
 from reap2gguf.exporting import gguf_export

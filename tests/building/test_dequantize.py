@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from reap2gguf.api.builds import verify
-from reap2gguf.api.stages import observe, prune
+from reap2gguf.api.pruning import prune
+from reap2gguf.api.stages import observe
 from reap2gguf.building.likeness import read_likeness
 from reap2gguf.building.plan import make_plan
 from reap2gguf.bundle.manifest import Manifest

@@ -165,6 +165,114 @@ def test_parts_stay_parts(source: Path, tmp_path: Path) -> None:
     assert not reap2gguf.verify(first, source=parts[0]).violations
 
 
+def test_the_name_of_a_first_part_is_one_of_all(source: Path, tmp_path: Path) -> None:
+    """What is printed is there, whichever name was typed, and no number comes twice."""
+    parts = in_parts(source, tmp_path / "parts", 400_000)
+    n = len(parts)
+    expected = [f"out-{at + 1:05d}-of-{n:05d}.gguf" for at in range(n)]
+    (tmp_path / "kept.json").write_text(json.dumps({str(k): v for k, v in KEPT.items()}))
+    for typed in ("out.gguf", expected[0]):
+        folder = tmp_path / typed.removesuffix(".gguf")
+        folder.mkdir()
+        words = "prune", parts[0], "--kept", tmp_path / "kept.json", "-o", folder / typed
+        result = run(*words)
+        assert result.exit_code == 0, result.output
+        assert f"{folder / expected[0]}: keeps 4 of 6 experts per layer" in result.output
+        assert sorted(path.name for path in folder.iterdir()) == expected
+        assert read_gguf_header(folder / expected[0]).metadata["general.name"] == "out"
+        assert f"{folder / expected[0]}: exists already" in run(*words).output
+        assert run(*words, "--overwrite").exit_code == 0
+        assert sorted(path.name for path in folder.iterdir()) == expected
+
+
+@pytest.mark.parametrize(
+    ("typed", "is_split", "message"),
+    [
+        ("o-00001-of-00009.gguf", True, r"is the name of part 1 of 9, and MODEL has \d+ parts"),
+        ("o-00002-of-00002.gguf", False, "is the name of part 2 of 2, and MODEL has one part"),
+    ],
+)
+def test_the_name_of_another_part(
+    source: Path, tmp_path: Path, typed: str, is_split: bool, message: str
+) -> None:
+    model = in_parts(source, tmp_path / "parts", 400_000)[0] if is_split else source
+    with pytest.raises(UsageError, match=f"{message}; pass o.gguf"):
+        pruned(model, tmp_path / typed)
+    assert not list(tmp_path.glob("*.gguf"))
+
+
+@pytest.mark.parametrize("n_named", [0, 1, 2])
+def test_interrupted_while_parts_get_their_names(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_named: int
+) -> None:
+    parts = in_parts(source, tmp_path / "parts", 400_000)
+    rename, named = writing.rename, []
+
+    def interrupted(old: Path, new: Path) -> None:
+        if len(named) == n_named:
+            raise KeyboardInterrupt
+        named.append(new)
+        rename(old, new)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(writing, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pruned(parts[0], tmp_path / "out.gguf")
+    if n_named:  # of other experts, it is another call: it replaces nothing
+        other = {0: (0, 1, 2, 3), 1: (0, 1, 2, 3)}
+        with pytest.raises(OutputError, match="exists already"):
+            pruned(parts[0], tmp_path / "out.gguf", other)
+    first = pruned(parts[0], tmp_path / "out.gguf")
+    assert not reap2gguf.verify(first, source=parts[0]).violations
+    assert len(list(tmp_path.glob("out*"))) == len(parts)
+
+
+def test_quantizing_a_pruned_file_keeps_what_it_says(source: Path, tmp_path: Path) -> None:
+    once = pruned(source, tmp_path / "once.gguf")
+    twice = pruned(once, tmp_path / "twice.gguf", {0: (0, 2, 3), 1: (1, 2, 3)})
+    for file in (once, twice):
+        made = reap2gguf.quantize(file, "Q8_0", tmp_path / f"q8-{file.name}").path
+        before, after = read_gguf_header(file).metadata, read_gguf_header(made).metadata
+        of_pruning = {k: v for k, v in before.items() if k.startswith("reap2gguf.")}
+        assert len(of_pruning) > 5
+        assert {k: after[k] for k in of_pruning if k != "reap2gguf.recipe"} == {
+            k: v for k, v in of_pruning.items() if k != "reap2gguf.recipe"
+        }
+        assert after["reap2gguf.recipe"] == "q8_0"
+        found = reap2gguf.inspect(made)
+        assert isinstance(found, GgufInspection)
+        assert found.kept == reap2gguf.inspect(file).kept  # type: ignore[union-attr]
+    whole = reap2gguf.quantize(source, "Q8_0", tmp_path / "whole.gguf").path
+    assert {k for k in read_gguf_header(whole).metadata if k.startswith("reap2gguf.")} <= {
+        *("reap2gguf.recipe", "reap2gguf.version", "reap2gguf.source")
+    }
+
+
+def test_keys_that_do_not_fit_are_not_repeated(source: Path, tmp_path: Path) -> None:
+    once = pruned(source, tmp_path / "once.gguf")
+    raw = once.read_bytes()
+    assert raw.count(b"Tiny-Q4_K_M.gguf") == 1
+    once.write_bytes(raw.replace(b"Tiny-Q4_K_M.gguf", b"Tiny\x1b[2JK_M.gguf"))
+    notes: list[str] = []
+    made = reap2gguf.quantize(
+        once, "Q8_0", tmp_path / "q8.gguf", progress=lambda event: notes.append(str(event))
+    ).path
+    assert "reap2gguf.kept_experts" not in read_gguf_header(made).metadata
+    assert any("do not fit it" in note for note in notes)
+
+
+def test_a_file_that_was_quantized_again(source: Path, tmp_path: Path) -> None:
+    once = pruned(source, tmp_path / "once.gguf")
+    made = reap2gguf.quantize(once, "Q8_0", tmp_path / "q8.gguf").path
+    for origin in (source, once):  # its header says which experts of the first it has
+        assert not reap2gguf.verify(made, source=origin).violations
+    damaged = bytearray(made.read_bytes())
+    damaged[-1_000:-900] = bytes(100)
+    made.write_bytes(damaged)
+    for origin in (source, once):
+        assert reap2gguf.verify(made, source=origin).violations
+
+
 def test_pruned_twice_says_what_it_has_of_the_original(source: Path, tmp_path: Path) -> None:
     once = pruned(source, tmp_path / "once.gguf")
     twice = pruned(once, tmp_path / "twice.gguf", {0: (0, 2, 3), 1: (1, 2, 3)})

@@ -215,6 +215,21 @@ def test_quantize_keeps_blocks(source: Path, tmp_path: Path, weighted: bool) -> 
     assert any(f"{count} tensors keep the source's blocks" in note for note in notes)
 
 
+def test_files_alone_are_verified(bundle: Path, source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "eight.gguf"
+    reap2gguf.quantize(source, "Q8_0", output)
+    report = reap2gguf.verify(output, bundle / "x-Q8_0.gguf", source=source)
+    assert not report.violations
+    assert list(report.levels.values()) == [Level.EXACT, Level.EXACT]
+    info = read_gguf_header(output).tensors["blk.2.attn_norm.weight"]
+    with open(output, "r+b") as file:
+        file.seek(info.offset)
+        file.write(b"\1\2\3\4")
+    (found,) = reap2gguf.verify(output, source=source).violations
+    assert "blk.2.attn_norm.weight" in found
+    assert "expected the source's blocks of F32, byte for byte" in found
+
+
 def test_types_that_need_importance_do_not_where_blocks_are_kept(
     made: Path, tmp_path: Path
 ) -> None:

@@ -46,7 +46,7 @@ def operations(reference: tuple[dict[str, bytes], list[str]]) -> list[str]:
 
 def few_or(many: int, few: int = 1) -> Any:
     """Two parameters of a test: a few points, and in the slow tests many."""
-    return [few, pytest.param(many, marks=pytest.mark.slow)]
+    return [pytest.param(few, marks=pytest.mark.fewer), pytest.param(many, marks=pytest.mark.slow)]
 
 
 def renames(log: list[str], name: str) -> list[int]:
@@ -85,7 +85,8 @@ def at_each_stage(log: list[str]) -> list[int]:
 @pytest.mark.parametrize(
     ("power_cut", "choose"),
     [
-        (True, one_in_each_stage),  # which is more than killed
+        # which is more than killed
+        pytest.param(True, one_in_each_stage, marks=pytest.mark.fewer),
         pytest.param(False, at_each_stage, marks=pytest.mark.slow),
         pytest.param(True, at_each_stage, marks=pytest.mark.slow),
     ],
@@ -107,7 +108,7 @@ def test_killed_anywhere_and_resumed(
 @pytest.mark.parametrize(
     ("others", "n_points"),
     [
-        (("--keep-experts", "4"), 1),
+        pytest.param(("--keep-experts", "4"), 1, marks=pytest.mark.fewer),
         pytest.param(("--keep-experts", "4"), 3, marks=pytest.mark.slow),
         pytest.param(("--recipe", "bf16"), 3, marks=pytest.mark.slow),
     ],
@@ -153,7 +154,7 @@ def test_killed_by_the_clock(rig: Rig, bundle: dict[str, bytes], n_points: int) 
 @pytest.mark.parametrize(
     ("error", "n_points"),
     [
-        (errno.ENOSPC, 3),
+        pytest.param(errno.ENOSPC, 3, marks=pytest.mark.fewer),
         pytest.param(errno.ENOSPC, 14, marks=pytest.mark.slow),
         pytest.param(errno.EIO, 14, marks=pytest.mark.slow),
     ],
@@ -304,8 +305,8 @@ def while_stages_overlap(log: list[str], wanted: int) -> list[int]:
 @pytest.mark.parametrize(
     ("power_cut", "n_points"),
     [
-        (True, 4),
-        pytest.param(False, 60, marks=pytest.mark.slow),
+        pytest.param(True, 4, marks=pytest.mark.fewer),
+        pytest.param(False, 30, marks=pytest.mark.slow),
         pytest.param(True, 60, marks=pytest.mark.slow),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 
 import reap2gguf
 from reap2gguf.artifacts.observations import Observations
-from reap2gguf.errors import ArtifactError, SourceError, UnsupportedModelError
+from reap2gguf.errors import ArtifactError, Reap2ggufError, SourceError, UnsupportedModelError
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.gguf_source.checkpoint import GgufCheckpoint
 from reap2gguf.gguf_source.file import model_name
@@ -302,3 +302,44 @@ def test_every_architecture_is_read(case: Case, tmp_path: Path) -> None:
     for name in before.tensors:
         one, other = (header.read(name).view(np.float32) for header in (before, after))
         np.testing.assert_allclose(other, one, rtol=2e-6, atol=2e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["quantize", "observe", "aimer"])
+def test_values_that_are_not_finite_are_named_as_in_the_file(tmp_path: Path, kind: str) -> None:
+    """By the user's file and by GGUF's name of the tensor, and by no private folder."""
+    path = exported(TINY, tmp_path, "F16")
+    info = read_gguf_header(path).tensors["blk.1.ffn_up_exps.weight"]
+    with open(path, "r+b") as file:
+        file.seek(info.offset)
+        file.write(b"\x00\x7e" * (info.row_bytes // 2))
+    text = tmp_path / "text.txt"
+    text.write_text("Each line says a little more than that.\n" * 40)
+    compute = ComputeOptions(device="cpu", threads=1)
+    calibration = CalibrationOptions(str(text))
+    output = tmp_path / "out.gguf"
+    runs: dict[str, Any] = {
+        "quantize": lambda: reap2gguf.quantize(path, "Q8_0", output),
+        "observe": lambda: reap2gguf.observe(
+            path, output, calibration=calibration, compute=compute
+        ),
+        "aimer": lambda: reap2gguf.prune(path, None, output, method="aimer", keep_experts=6),
+    }
+    with pytest.raises(Reap2ggufError) as caught:
+        runs[kind]()
+    message = str(caught.value)
+    assert str(path) in message
+    assert "reap2gguf-work" not in message
+    if kind != "aimer":
+        assert "'blk.1.ffn_up_exps.weight' (model.layers.1." in message
+
+
+def test_a_config_that_cannot_be_is_named_by_the_file(tmp_path: Path) -> None:
+    path = exported(TINY, tmp_path, "F16")
+    raw = path.read_bytes()
+    key = b"qwen3moe.expert_used_count"
+    at = raw.index(key) + len(key) + 4
+    path.write_bytes(raw[:at] + (10**6).to_bytes(4, "little") + raw[at + 4 :])
+    with pytest.raises(Reap2ggufError) as caught:
+        reap2gguf.select(path, method="aimer", keep_experts=6)
+    assert path.name in str(caught.value)
+    assert "reap2gguf-work" not in str(caught.value)

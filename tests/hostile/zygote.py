@@ -24,6 +24,8 @@ def main() -> None:
     import encodings.utf_8_sig  # noqa: F401
 
     import reap2gguf.api.builds
+    import reap2gguf.api.pruning
+    import reap2gguf.api.quantizing
     import reap2gguf.api.stages
     import reap2gguf.building.needs.room
     import reap2gguf.building.plan

@@ -19,6 +19,7 @@ from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.loading import load_whole
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
+from reap2gguf.observing.decoder import StreamedDecoder
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
@@ -145,3 +146,23 @@ def llama_model(path: Path) -> Iterator[Any]:
         yield model
     finally:
         llama_cpp.llama_model_free(model)
+
+
+def mtp_of_both(folder: Path, target: Path, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (T - 1, V) of the MTP block: llama.cpp's of the F32 file, and those computed here."""
+    row = torch.tensor([tokens(vocab)])
+    with Checkpoint.open(folder) as checkpoint:
+        model = describe(checkpoint)
+        decoder = StreamedDecoder(checkpoint, model, torch.float32, torch.device("cpu"))
+        decoder.load_embedding()
+        hidden = decoder.embed(row)
+        for layer in range(model.facts.n_layers):
+            decoder.load_layer(layer)
+            hidden = decoder.run_layer(layer, hidden)
+        decoder.load_ends()
+        decoder.load_layer(model.facts.n_layers)
+        ours = decoder.mtp_logits(decoder.run_mtp(hidden, row))[0, :-1]
+        normed = decoder.final_norm(hidden[0])
+        decoder.close()
+    path = export_files(folder, target, [plain("F32")])["F32"]
+    return mtp_of_llama_cpp(path, normed, row[0].tolist()), ours

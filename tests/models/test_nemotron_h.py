@@ -17,16 +17,14 @@ from reap2gguf.models.description import Dropped
 from reap2gguf.models.from_gguf import model_from_gguf
 from reap2gguf.models.nemotron_h import NemotronH
 from reap2gguf.models.table import BY_GGUF, describe
-from reap2gguf.observing.decoder import StreamedDecoder
 from reap2gguf.observing.importance import ImportanceObserver
 from reap2gguf.observing.saliency import SaliencyObserver
 from reap2gguf.observing.targets import layer_targets
-from tests.exporting.files import export_files, plain
 from tests.families.nemotron import NANO, SUPER, TinyNemotronH
 from tests.models.layouts import stored_of
 from tests.models.oracles import (
     mean_kl,
-    mtp_of_llama_cpp,
+    mtp_of_both,
     of_llama_cpp,
     of_transformers,
     pruned,
@@ -226,22 +224,7 @@ def test_the_mtp_block_predicts_what_llama_cpps_does(
     folder = tiny.write(tmp_path / "model")
     if is_pruned:
         folder = pruned(folder, tmp_path / "pruned", 4)
-    row = torch.tensor([tokens(tiny.vocab)])
-    with Checkpoint.open(folder) as checkpoint:
-        model = describe(checkpoint)
-        decoder = StreamedDecoder(checkpoint, model, torch.float32, torch.device("cpu"))
-        decoder.load_embedding()
-        hidden = decoder.embed(row)
-        for layer in range(model.facts.n_layers):
-            decoder.load_layer(layer)
-            hidden = decoder.run_layer(layer, hidden)
-        decoder.load_ends()
-        decoder.load_layer(model.facts.n_layers)
-        ours = decoder.mtp_logits(decoder.run_mtp(hidden, row))[0, :-1]
-        normed = decoder.final_norm(hidden[0])
-        decoder.close()
-    path = export_files(folder, tmp_path, [plain("F32")])["F32"]
-    theirs = mtp_of_llama_cpp(path, normed, row[0].tolist())
+    theirs, ours = mtp_of_both(folder, tmp_path, tiny.vocab)
     assert theirs.std() > 1
     assert mean_kl(theirs, ours) < 1e-6
 

@@ -9,19 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.description import Dropped, Plain
 from reap2gguf.models.from_gguf import model_from_gguf
 from reap2gguf.models.glm4_moe import Glm4Moe
 from reap2gguf.models.nextn import NextnDecoder
-from reap2gguf.models.table import BY_GGUF, describe
-from reap2gguf.observing.decoder import StreamedDecoder
-from tests.exporting.files import export_files, plain
+from reap2gguf.models.table import BY_GGUF
 from tests.families.glm import GLM45, GLM46, TinyGlm4Moe
 from tests.models.layouts import stored_of
-from tests.models.oracles import mean_kl, mtp_of_llama_cpp, pruned, tokens
+from tests.models.oracles import mean_kl, mtp_of_both, pruned
 from tests.models.test_from_gguf import header_of
 
 LAYER = "model.layers.3."
@@ -180,21 +177,6 @@ def test_the_block_predicts_what_llama_cpps_does(
     folder = tiny.write(tmp_path / "model")
     if is_pruned:
         folder = pruned(folder, tmp_path / "pruned", 4)
-    row = torch.tensor([tokens(tiny.vocab)])
-    with Checkpoint.open(folder) as checkpoint:
-        model = describe(checkpoint)
-        decoder = StreamedDecoder(checkpoint, model, torch.float32, torch.device("cpu"))
-        decoder.load_embedding()
-        hidden = decoder.embed(row)
-        for layer in range(model.facts.n_layers):
-            decoder.load_layer(layer)
-            hidden = decoder.run_layer(layer, hidden)
-        decoder.load_ends()
-        decoder.load_layer(model.facts.n_layers)
-        ours = decoder.mtp_logits(decoder.run_mtp(hidden, row))[0, :-1]
-        normed = decoder.final_norm(hidden[0])
-        decoder.close()
-    path = export_files(folder, tmp_path, [plain("F32")])["F32"]
-    theirs = mtp_of_llama_cpp(path, normed, row[0].tolist())
+    theirs, ours = mtp_of_both(folder, tmp_path, tiny.vocab)
     assert theirs.std() > 1
     assert mean_kl(theirs, ours) < 1e-6

@@ -10,18 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.description import Dropped, GgufTensor
 from reap2gguf.models.from_gguf import model_from_gguf
 from reap2gguf.models.qwen3_next import Qwen3Next
-from reap2gguf.models.table import BY_GGUF, describe
-from reap2gguf.observing.decoder import StreamedDecoder
+from reap2gguf.models.table import BY_GGUF
 from reap2gguf.observing.importance import ImportanceObserver
 from tests.exporting.files import export_files, plain
 from tests.families.qwen3_next import NEXT, TinyQwen3Next
 from tests.models.layouts import stored_of
-from tests.models.oracles import mean_kl, mtp_of_llama_cpp, of_transformers, pruned, tokens
+from tests.models.oracles import mean_kl, mtp_of_both, of_transformers, pruned
 from tests.models.test_from_gguf import header_of as header_of_file
 from tests.observing.llama_collector import collect
 from tests.observing.sweeps import rows_of, run_sweep
@@ -222,22 +220,7 @@ def test_the_mtp_block_predicts_what_llama_cpps_does(is_pruned: bool, tmp_path: 
     folder = NEXT.write(tmp_path / "model")
     if is_pruned:
         folder = pruned(folder, tmp_path / "pruned", 4)
-    row = torch.tensor([tokens(NEXT.vocab)])
-    with Checkpoint.open(folder) as checkpoint:
-        model = describe(checkpoint)
-        decoder = StreamedDecoder(checkpoint, model, torch.float32, torch.device("cpu"))
-        decoder.load_embedding()
-        hidden = decoder.embed(row)
-        for layer in range(model.facts.n_layers):
-            decoder.load_layer(layer)
-            hidden = decoder.run_layer(layer, hidden)
-        decoder.load_ends()
-        decoder.load_layer(model.facts.n_layers)
-        ours = decoder.mtp_logits(decoder.run_mtp(hidden, row))[0, :-1]
-        normed = decoder.final_norm(hidden[0])
-        decoder.close()
-    path = export_files(folder, tmp_path, [plain("F32")])["F32"]
-    theirs = mtp_of_llama_cpp(path, normed, row[0].tolist())
+    theirs, ours = mtp_of_both(folder, tmp_path, NEXT.vocab)
     assert theirs.std() > 1
     assert mean_kl(theirs, ours) < 1e-6
     assert mean_kl(of_transformers(folder, NEXT.vocab)[:-1], theirs) > 0.1  # not the trunk's

@@ -15,8 +15,8 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import RecipeError
 from reap2gguf.models.description import GgufTensor, Slab
 from reap2gguf.models.table import describe
-from reap2gguf.options import RecipeText
 from reap2gguf.quantizing.file_types import MIXTURES, REFUSED
+from reap2gguf.quantizing.named import RecipeText
 from reap2gguf.quantizing.recipe import (
     Recipe,
     Rule,

@@ -65,6 +65,9 @@ def test_the_command_prints_the_table_and_writes_the_choice(model: Path, tmp_pat
         *("reap", "frequency", "ean_sum")
     ]
     code, printed, notes = run(*words, "--json")
+    assert (code, printed) == (2, "")
+    assert f"{output}: exists already" in notes
+    code, printed, notes = run(*words, "--json", "--overwrite")
     assert code == 0
     again = json.loads(printed)
     assert again["record"] == found["record"]

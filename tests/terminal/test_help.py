@@ -9,7 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 from reap2gguf.cli import cli
-from reap2gguf.terminal.help import COMMAND_HEADINGS, SECTIONS, Number
+from reap2gguf.errors import ParameterError
+from reap2gguf.pruning.counts import check_asked
+from reap2gguf.quantizing.named import one_recipe
+from reap2gguf.terminal.help import COMMAND_HEADINGS, SECTIONS, Command, Number, typed
 from tests.test_cli import all_commands, run
 
 COMMANDS = all_commands(cli)
@@ -152,3 +155,38 @@ def test_a_shell_can_complete_commands_and_options() -> None:
     assert "compdef _reap2gguf_completion reap2gguf" in completed("zsh_source", "")
     assert completed("bash_complete", "reap2gguf bui") == "plain,build\n"
     assert "plain,--quiet\n" in completed("bash_complete", "reap2gguf build --q")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("quantize", "m", "--recipe", "Q4_K_M,Q8_0", "-o", "o"), "--recipe is 'Q4"),
+        (("build", "m", "--candidates", "reap", "--method", "reap"), "--candidates is for the"),
+        (("build", "m", "--recipe", "a,,b"), "--recipe is 'a,,b', expected names"),
+        (("prune", "m", "--group-size", "3", "-o", "o"), "--group-size is for the"),
+    ],
+)
+def test_errors_name_options_as_they_are_typed(words: tuple[str, ...], expected: str) -> None:
+    result = run(*words)
+    assert result.exit_code == 2
+    assert f"Error: {expected}" in result.output
+
+
+def test_the_library_names_its_parameters() -> None:
+    with pytest.raises(ParameterError, match=r"^recipe is 'a,,b'") as caught:
+        one_recipe("a,,b")
+    assert caught.value.names == ("recipe",)
+    with pytest.raises(ParameterError, match=r"^group_size is for the method ream"):
+        check_asked("reap", "none", 3)
+
+
+def test_every_parameter_is_an_option_or_an_argument() -> None:
+    """By the names of the library: those of the options that have other words."""
+    parameters = {one.name: one for one in found_command(("build",)).params}
+    assert typed(parameters["spec"], "spec") == "--calibration"
+    assert typed(parameters["keep_experts"], "keep_experts") == "--keep-experts"
+    assert typed(parameters["model"], "model") == "MODEL"
+    assert typed(parameters["model"], "spec") == ""
+    for names in COMMANDS:
+        command = found_command(names)
+        assert isinstance(command, click.Group | Command) or names == ("help",), names

@@ -120,6 +120,8 @@ def test_slice(built: Bundle, tmp_path: Path) -> None:
     result = run("imatrix", "slice", output, "--kept", built.hf, "-o", tmp_path / "b.gguf")
     assert "has the experts of the pruned model already, so none are cut" in result.output
     words = ("imatrix", "slice", FILE, "--kept", built.hf, "-o", output, "--json")
+    assert f"{output}: exists already" in run(*words).output
+    words = (*words, "--overwrite")
     values = json.loads(run(*words).output)
     assert (values["experts_before"], values["experts_after"], values["entries"]) == (16, 12, 32)
     assert values["coverage"]["n_tensors"] == 28
@@ -137,6 +139,8 @@ def test_merge(tmp_path: Path) -> None:
         result.output
     )
     assert f"{output}: 32 matrices over 482 chunks" in result.output
-    values = json.loads(run("imatrix", "merge", one, two, "-o", output, "--json").output)
+    words = ("imatrix", "merge", one, two, "-o", output, "--json")
+    assert f"{output}: exists already" in run(*words).output
+    values = json.loads(run(*words, "--overwrite").output)
     assert (values["datasets"], values["chunks"]) == (["calib.txt", "more.txt"], 482)
     assert run("imatrix", "merge", one, "-o", output).exit_code == 2

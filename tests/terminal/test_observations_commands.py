@@ -102,7 +102,9 @@ def test_merged_sums_of_an_importance_matrix(seen: Path, tmp_path: Path) -> None
     )
     assert Observations.load(output).imatrix is None
     with_sums(observed(), 3.0).save(seen)
-    result = run("observations", "merge", seen, other, "-o", output, "--json")
+    words = ("observations", "merge", seen, other, "-o", output, "--json")
+    assert f"{output}: exists already" in run(*words).output
+    result = run(*words, "--overwrite")
     assert json.loads(result.output)["has_imatrix"]
 
 

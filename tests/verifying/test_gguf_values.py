@@ -129,10 +129,11 @@ def make(
 
 
 def each_type(types: list[GGMLQuantizationType]) -> list[Any]:
-    return [
-        pytest.param(one, id=one.name, marks=[pytest.mark.slow] if one.name in SLOW else [])
-        for one in types
-    ]
+    return [pytest.param(one, id=one.name, marks=_marks(one)) for one in types]
+
+
+def _marks(one: GGMLQuantizationType) -> list[Any]:
+    return [pytest.mark.slow] if one.name in SLOW else []
 
 
 def test_a_type_that_loses_small_rows_is_not_made(hard_folder: Path, tmp_path: Path) -> None:
@@ -143,13 +144,20 @@ def test_a_type_that_loses_small_rows_is_not_made(hard_folder: Path, tmp_path: P
 SOUND = [one for one in EXACT if one.name != "NVFP4"]
 
 
-@pytest.mark.parametrize("tensor_type", each_type(SOUND + BOUNDED))
-@pytest.mark.parametrize("weighted", [False, True], ids=["even", "weighted"])
+def with_and_without_importance() -> list[Any]:
+    """Every type with importance, and without it those that do not need it."""
+    return [
+        pytest.param(one, weighted, id=f"{name}-{one.name}", marks=_marks(one))
+        for weighted, name in ((False, "even"), (True, "weighted"))
+        for one in SOUND + BOUNDED
+        if weighted or one not in NEEDS_IMPORTANCE
+    ]
+
+
+@pytest.mark.parametrize(("tensor_type", "weighted"), with_and_without_importance())
 def test_what_quantizing_makes_is_sound(
     tensor_type: GGMLQuantizationType, weighted: bool, hard_folder: Path, tmp_path: Path
 ) -> None:
-    if tensor_type in NEEDS_IMPORTANCE and not weighted:
-        pytest.skip("it is not quantized without importance")
     imatrix = random_imatrix(gguf_tensors(hard_folder)) if weighted else None
     made = make(hard_folder, tmp_path, tensor_type, imatrix)
     assert made.violations(made.within_bounds) == []
@@ -203,7 +211,18 @@ DAMAGE = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=each_type(BOUNDED))
+def damage_of_each_type() -> list[Any]:
+    """Every type with every damage; the blocks of IQ1_M have no scale of their own."""
+    of_a_scale = (double_a_scale, change_the_sign_of_a_scale)
+    return [
+        pytest.param(one, damage, id=f"{one.name}-{damage.__name__}", marks=_marks(one))
+        for one in BOUNDED
+        for damage in DAMAGE
+        if not (one.name == "IQ1_M" and damage in of_a_scale)
+    ]
+
+
+@pytest.fixture(scope="module")
 def damageable(
     request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Made, GGMLQuantizationType]:
@@ -213,14 +232,14 @@ def damageable(
     return make(folder, target, request.param, imatrix), request.param
 
 
-@pytest.mark.parametrize("damage", DAMAGE, ids=lambda one: one.__name__)
+@pytest.mark.parametrize(
+    ("damageable", "damage"), damage_of_each_type(), indirect=["damageable"], scope="module"
+)
 def test_every_damage_of_every_tensor_is_found(
     damage: Callable[[Rows, GGMLQuantizationType], None],
     damageable: tuple[Made, GGMLQuantizationType],
 ) -> None:
     made, tensor_type = damageable
-    if tensor_type.name == "IQ1_M" and damage in (double_a_scale, change_the_sign_of_a_scale):
-        pytest.skip("its blocks have no scale of their own")
     whole = made.path.read_bytes()
     infos = read_gguf_header(made.path).tensors.values()
     names = [info.name for info in infos if info.tensor_type is tensor_type]

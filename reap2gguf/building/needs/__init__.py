@@ -8,8 +8,7 @@ amount.py     how much text the calibration passes read
 scoring.py    how much text is scored to measure quality
 memory.py     batches, and where hidden states wait: the sweep's own decision
 disk.py       final files, and what lies beside them while a build runs
-seconds.py    the time of each stage
-file_seconds.py  that of writing GGUF files, and of verifying
+seconds.py    the time of each stage; file_seconds.py: of writing and verifying files
 reuse.py      which stages are done already
 rented.py     usual rented GPUs
 room.py       the check of a build that starts

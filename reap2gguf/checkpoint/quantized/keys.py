@@ -10,7 +10,7 @@ BLOCKS = "MXFP4"  # of which a GGUF file may hold the very blocks that a checkpo
 # among the caveats of a model whose safetensors are not stored as the source's are
 WRITTEN_AS_BF16 = "the safetensors hold the decoded values of a quantized source, rounded to BF16"
 # how a caveat begins of a model that is read from a GGUF file of few bits
-READ_FROM_GGUF = "it is read from a GGUF file of"
+READ_FROM_GGUF = "the source is a GGUF file of"
 ADVICE = (
     "pass the BF16 checkpoint that it was made from, or convert this one to BF16 first: "
     "docs/quantized-sources.md shows how"

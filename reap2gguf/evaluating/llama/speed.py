@@ -12,7 +12,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.evaluation import Estimate, Speed
-from reap2gguf.errors import UsageError
+from reap2gguf.errors import ParameterError, UsageError
 from reap2gguf.evaluating.llama.model import LlamaModel, LlamaOptions
 
 if TYPE_CHECKING:
@@ -37,9 +37,13 @@ class SpeedOptions:
         if not all(1 <= one <= _MOST for one in numbers):
             raise UsageError(f"tokens of a test of speed are {numbers}, expected 1 to {_MOST:,}")
         if not all(1 <= one <= _MOST_ROWS for one in self.batches):
-            raise UsageError(f"batches are {self.batches}, expected 1 to {_MOST_ROWS} sequences")
+            raise ParameterError(
+                f"batches are {self.batches}, expected 1 to {_MOST_ROWS} sequences", "batches"
+            )
         if not 2 <= self.repetitions <= _MOST:
-            raise UsageError(f"repetitions are {self.repetitions}, expected 2 to {_MOST:,}")
+            raise ParameterError(
+                f"repetitions are {self.repetitions}, expected 2 to {_MOST:,}", "repetitions"
+            )
         found = [SpeedTest(f"pp{one}", one, 0, 1) for one in self.prompts]
         for n in self.batches:
             found += [

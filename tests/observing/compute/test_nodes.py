@@ -132,10 +132,17 @@ def assert_same_sums(one: bytes, other: bytes) -> None:
         torch.testing.assert_close(values, second[name], rtol=1e-6, atol=0, msg=name)
 
 
-@pytest.mark.parametrize("dies", [0, 1])
-def test_a_killed_machine(nodes: Nodes, dies: int) -> None:
-    """The other one ends, and both resume from the layer that both have saved."""
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """What two machines observe where nothing happens to them."""
+    nodes = Nodes(tmp_path_factory.mktemp("whole"))
     assert nodes.run(*OBSERVE, "whole.safetensors") == [0, 0], nodes.errors
+    return (nodes.nodes[0] / "whole.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_killed_machine(nodes: Nodes, whole: bytes, dies: int) -> None:
+    """The other one ends, and both resume from the layer that both have saved."""
     output = ("obs/ervations.safetensors",)
     (nodes.nodes[0] / "obs").mkdir()
     codes = nodes.run(*OBSERVE, *output, dies=dies)
@@ -149,8 +156,7 @@ def test_a_killed_machine(nodes: Nodes, dies: int) -> None:
     assert nodes.run(*OBSERVE, *output) == [0, 0], nodes.errors
     assert "resuming from layer 1 of 2" in nodes.errors[0]
     first, second = nodes.nodes
-    resumed = (first / output[0]).read_bytes()
-    assert resumed == (first / "whole.safetensors").read_bytes()
+    assert (first / output[0]).read_bytes() == whole
     assert [path.name for path in (first / "obs").iterdir()] == ["ervations.safetensors"]
     assert not list((second / "obs").iterdir())
 

@@ -14,7 +14,6 @@ import site
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import reap2gguf
+from reap2gguf.disk.temporary import temporary_folder
 from reap2gguf.errors import DependencyError, UsageError
 from reap2gguf.evaluating.generation.sandbox.jail import GUARDS
 from reap2gguf.evaluating.generation.sandbox.judge import PASSED, TIMED_OUT
@@ -130,14 +130,13 @@ def check(code: str, test: Judging, limits: Limits, required: Sequence[str] = GU
 def _started(
     limits: Limits, code: str, test: Judging, required: Sequence[str]
 ) -> Iterator[_Candidate]:
-    folder = Path(tempfile.mkdtemp(prefix="reap2gguf-")).resolve()
-    candidate = _Candidate(folder, limits, tuple(required))
-    try:
-        candidate.start(code, test)
-        yield candidate
-    finally:
-        candidate.close()
-        _remove(folder)
+    with temporary_folder() as folder:
+        candidate = _Candidate(folder, limits, tuple(required))
+        try:
+            candidate.start(code, test)
+            yield candidate
+        finally:
+            candidate.close()
 
 
 class _Candidate:
@@ -318,15 +317,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             pipe.close()
-
-
-def _remove(folder: Path) -> None:
-    """Remove the folders of two processes that have ended."""
-    try:
-        for one in ("home", "judge"):
-            (folder / one).rmdir()
-        folder.rmdir()
-    except OSError:
-        # a program may nest folders deeper than shutil.rmtree can, and take rights away from them
-        for command in (("chmod", "-R", "u+rwx"), ("rm", "-rf")):
-            subprocess.run([*command, "--", folder], stderr=subprocess.DEVNULL, check=False)
