@@ -59,6 +59,7 @@ class Compared:
         recipe = path.with_suffix(".toml")
         options = {"imatrix": imatrix, "threads": self.compute.threads}
         device = self.compute.device
+        options["overwrite"] = True  # of an earlier run in the same folder
         reap2gguf.fit_recipe(model, recipe, target_size=size, device=device, **options)
         return reap2gguf.quantize(model, str(recipe), path, **options).path
 

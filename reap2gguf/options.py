@@ -236,7 +236,7 @@ class BuildOptions:
     fit: int | None = None  # bytes of a GPU's memory
     fit_context: int | None = None  # tokens that it holds beside the file; None: 8192
     # how errors of tensors are weighed: table or measured; None: as is best for each purpose
-    sensitivity: str | None = None  # of errors, table or measured; None: as each purpose has it
+    sensitivity: str | None = None
     evaluate: str = "auto"  # whether quality is measured: auto, always or never
 
     def __post_init__(self) -> None:
