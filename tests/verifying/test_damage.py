@@ -238,7 +238,7 @@ def test_a_type_other_than_planned(bundle: Bundle) -> None:
 
 
 def test_paths_that_are_neither(built: Bundle, tmp_path: Path) -> None:
-    wrong = (["nowhere"], [str(gguf(built))], [str(built.hf), "nowhere.gguf"], [str(tmp_path)])
+    wrong = (["nowhere"], ["nowhere.gguf"], [str(built.hf), "nowhere.gguf"], [str(tmp_path)])
     for arguments in wrong:
         result = CliRunner().invoke(cli, ["verify", *arguments])
         assert result.exit_code == 2
