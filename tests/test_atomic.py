@@ -158,6 +158,7 @@ def test_nothing_is_written_but_through_this_module() -> None:
     }
     assert found == {
         '__main__.py: "w"',  # a standard stream that was closed is opened on /dev/null
+        "disk/lock.py: os.pwrite(",  # the number of a process, in a file that is only locked
         'local/frames.py: "wb"',  # a process that runs llama.cpp answers through a pipe
         'quantizing/ik/worker.py: "wb"',  # a process that runs ik_llama.cpp's library, the same
         'quantizing/name_regex.py: "w"',  # a letter of a pattern, no mode

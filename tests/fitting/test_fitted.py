@@ -93,7 +93,7 @@ def test_a_target_above_the_largest_file_says_so(model: Model, tmp_path: Path) -
     keys = GGUFReader(tmp_path / "x.gguf").fields
     assert keys["general.file_type"].contents() == LlamaFileType.MOSTLY_BF16
     notes.clear()
-    model.fit(tmp_path / "a.toml", target_size=found.n_bytes, progress=progress)
+    model.fit(tmp_path / "b.toml", target_size=found.n_bytes, progress=progress)
     assert not [line for line in notes if "nothing is gained" in line]
 
 
@@ -127,7 +127,7 @@ def test_another_target_measures_nothing_and_equal_calls_write_equal_files(
     monkeypatch.setattr(
         "reap2gguf.fitting.errors_table._measure_one", lambda *_: pytest.fail("measured again")
     )
-    again = model.fit(tmp_path / "a.toml", target_bpw=5)
+    again = model.fit(tmp_path / "a.toml", target_bpw=5, overwrite=True)
     assert again == first
     smaller = model.fit(tmp_path / "b.toml", target_bpw=4)
     assert smaller.n_bytes < first.n_bytes

@@ -173,6 +173,7 @@ def test_files_that_llama_cpp_has_computed_are_kept(
         return compute(variant, rows)
 
     monkeypatch.setattr(LlamaVariant, "logits", once)
+    output.unlink()
     assert run("evaluate", *arguments).exit_code == 130
     again = run("evaluate", *arguments)
     assert again.exit_code == 0, again.output
