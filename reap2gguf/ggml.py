@@ -105,6 +105,13 @@ class Ggml:
             )
         return target
 
+    def is_finite(self, raw: Bytes, tensor_type: GGMLQuantizationType) -> bool:
+        """Whether whole blocks hold no NaN and no infinite value, by libggml's own check."""
+        whole = np.ascontiguousarray(raw)
+        return bool(
+            self._library.ggml_validate_row_data(tensor_type.value, whole.ctypes.data, whole.nbytes)
+        )
+
     def check_request(
         self,
         shape: tuple[int, ...],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from reap2gguf.bundle.layout import MANIFEST_FILE
 from reap2gguf.errors import UsageError
 from reap2gguf.files import is_plain
+from reap2gguf.gguf_files.part_names import parse_part_name
 from reap2gguf.machine import processes
 from reap2gguf.options import check_number, check_path
 from reap2gguf.outputs import claimed, keep_inputs, output_file
@@ -57,7 +59,8 @@ def slice_imatrix(
 
     folder = Path(os.path.realpath(check_path("kept", kept)))
     inputs = [] if isinstance(what, Imatrix) else [check_path("imatrix", what)]
-    with claimed(written := _outputs(output, inputs, folder), overwrite):
+    read = [*inputs, *_parts_of(folder)] if folder.is_file() else inputs
+    with claimed(written := _outputs(output, read, folder), overwrite):
         imatrix = what if isinstance(what, Imatrix) else _load("imatrix", what)
         sliced = slice_to(imatrix, read_pruned(folder), str(inputs[0]) if inputs else "imatrix")
         _save(sliced.imatrix, written)
@@ -125,6 +128,14 @@ def _outputs(output: PathLike | None, inputs: list[Path], folder: Path | None) -
         )
     keep_inputs(both, inputs, path if folder is None else folder)
     return both
+
+
+def _parts_of(file: Path) -> list[Path]:
+    """A GGUF file, with the other parts if it is one of several."""
+    part = parse_part_name(file.name)
+    if part is None:
+        return [file]
+    return sorted(file.parent.glob(f"{glob.escape(part.stem)}-*-of-*.gguf"))
 
 
 def _save(imatrix: Imatrix, both: Sequence[Path]) -> None:

@@ -70,6 +70,10 @@ def standing(
             hashing.progress.note(_built_again(work, others[0], found))
         return None
     there = {n for n, place in places.items() if place in finished.stamps and found.has(place)}
+    if plan.slices and (others := sorted(places.keys() - there)):
+        if hashing is not None:  # no recipe makes the blocks of a GGUF source again
+            hashing.progress.note(_built_again(work, places[others[0]], found))
+        return None
     made = finished.inputs.recipes
     same = {name for name in there if made.get(name) == inputs.recipes.get(name)}
     changed = sorted(n for n, place in places.items() if place in found.changed)

@@ -116,6 +116,11 @@ class BlockMaker:
         """The error of a range that holds NaN."""
         return CheckpointError(f"{self._where(rows)} holds NaN or infinite values")
 
+    def _is_finite(self, data: npt.NDArray[np.uint8], tensor_type: GGMLQuantizationType) -> bool:
+        if tensor_type.name in FLOATS:
+            return _are_finite(data, tensor_type.name)
+        return self.quantizer.ggml.is_finite(data, tensor_type)
+
     def quantize(
         self, rows: RowRange, values: Floats | StoredRows, tensor_type: GGMLQuantizationType
     ) -> npt.NDArray[np.uint8]:
@@ -166,7 +171,7 @@ class BlockMaker:
         copied = [one for one in types if rows.tensor.is_copied_as(one)]
         for tensor_type in copied:
             data = rows.blocks(self.weights)
-            if tensor_type.name in FLOATS and not _are_finite(data, tensor_type.name):
+            if not self._is_finite(data, tensor_type):
                 raise self.not_finite(rows)
             yield tensor_type, data
         if not (others := [one for one in types if one not in copied]):

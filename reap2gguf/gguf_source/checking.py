@@ -1,7 +1,9 @@
 """Compares a pruned GGUF file with its source: the header's bytes, and every block.
 
 Each expert of each tensor is read from both files and compared byte for byte, one after the other:
-not in the runs in which they were copied. Memory: two experts of a tensor, or 8 MiB.
+not in the runs in which they were copied. Blocks with NaN or infinite values are reported, though
+they are the source's: no layer after them computes anything. Memory: two experts of a tensor, or
+8 MiB.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ import numpy as np
 
 from reap2gguf.errors import ArtifactError
 from reap2gguf.files import open_plain
+from reap2gguf.ggml import load_ggml
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.messages import shown
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from reap2gguf.ggml import Bytes as Raw
+    from reap2gguf.ggml import Ggml
     from reap2gguf.gguf_files.reader import GgufHeader
     from reap2gguf.gguf_source.header import PartHead
     from reap2gguf.gguf_source.slices import Slice
@@ -34,17 +39,23 @@ def violations_in(
     progress: Progress,
 ) -> Iterator[str]:
     """What is wrong with files: each with the source's, and the beginning that it must have."""
+    ggml = load_ggml()
     total = sum(one.n_bytes for one in slices.values())
     with progress.task("Comparing with the source", total, "bytes") as task:
         for path, source, start in files:
             try:
-                yield from _in_file(path, source, start, slices, task)
+                yield from _in_file(path, source, start, slices, ggml, task)
             except ArtifactError as error:
                 yield str(error)
 
 
 def _in_file(
-    path: Path, source: GgufHeader, start: PartHead, slices: Mapping[str, Slice], task: Task
+    path: Path,
+    source: GgufHeader,
+    start: PartHead,
+    slices: Mapping[str, Slice],
+    ggml: Ggml,
+    task: Task,
 ) -> Iterator[str]:
     found = read_gguf_header(path)
     if found.n_bytes != start.n_bytes:
@@ -67,41 +78,43 @@ def _in_file(
                 f"{path.name}: tensor {shown(name)} is {info.tensor_type.name} "
                 f"{list(info.shape)}, expected {one.info.tensor_type.name} {list(one.shape)}"
             )
-        elif (expert := _first_difference(found, source, one)) is not None:
-            where = f"its expert {expert}" if one.entries is not None else "it"
-            yield f"{path.name}: tensor {shown(name)}: {where} is not the source's, byte for byte"
+        elif (problem := _problem(found, source, one, ggml)) is not None:
+            yield f"{path.name}: tensor {shown(name)}: {problem}"
         task.advance(one.n_bytes)
 
 
-def _first_difference(found: GgufHeader, source: GgufHeader, one: Slice) -> int | None:
-    """The first expert, or 0, whose bytes differ from the source's; None if none does."""
+def _problem(found: GgufHeader, source: GgufHeader, one: Slice, ggml: Ggml) -> str | None:
+    """What is wrong with the first expert, or the tensor, of which something is; or None."""
+    for entry, ours, theirs in _pairs(found, source, one):
+        where = f"its expert {entry}" if one.entries is not None else "it"
+        if not np.array_equal(ours, theirs):
+            return f"{where} is not the source's, byte for byte"
+        if not ggml.is_finite(ours, one.info.tensor_type):
+            return (
+                f"{where} holds NaN or infinite values, which {source.path} holds too; use an "
+                "undamaged copy of that file"
+            )
+    return None
+
+
+def _pairs(found: GgufHeader, source: GgufHeader, one: Slice) -> Iterator[tuple[int, Raw, Raw]]:
+    """Bytes of a tensor and those that it must have, with the expert (or 0) that they are of."""
     name = one.info.name
     if one.is_flat:
         ours = found.read(name).reshape(one.shape[one.axis], -1)
         theirs = source.read(name).reshape(one.info.shape[one.axis], -1)
-        pairs = enumerate(one.entries or ())
-        return next((n for n, old in pairs if not np.array_equal(ours[n], theirs[old])), None)
+        for new, old in enumerate(one.entries or ()):
+            yield new, ours[new], theirs[old]
+        return
     n_rows = prod(one.info.shape[:-1])
-    if one.entries is None:
-        return None if _are_equal(found, source, name, (0, 0), n_rows) else 0
-    each = n_rows // one.info.shape[one.axis]
-    for new, old in enumerate(one.entries):
-        if not _are_equal(found, source, name, (new * each, old * each), each):
-            return new
-    return None
-
-
-def _are_equal(
-    found: GgufHeader, source: GgufHeader, name: str, begins: tuple[int, int], n_rows: int
-) -> bool:
-    """Whether `n_rows` rows from each begin on are the same."""
+    each = n_rows if one.entries is None else n_rows // one.info.shape[one.axis]
     step = max(1, _READ_BYTES // found.tensors[name].row_bytes)
-    for done in range(0, n_rows, step):
-        count = min(step, n_rows - done)
-        ours, theirs = (
-            header.read(name, begin + done, begin + done + count)
-            for header, begin in zip((found, source), begins, strict=True)
-        )
-        if not np.array_equal(ours, theirs):
-            return False
-    return True
+    for new, old in enumerate((0,) if one.entries is None else one.entries):
+        for done in range(0, each, step):
+            count = min(step, each - done)
+            begins = new * each + done, old * each + done
+            yield (
+                new,
+                found.read(name, begins[0], begins[0] + count),
+                source.read(name, begins[1], begins[1] + count),
+            )

@@ -142,7 +142,8 @@ class Comparison:
         raw = self.header.read(rows.tensor.name, first, first + rows.last - rows.first)
         if rows.tensor.is_sliced_as(tensor_type):
             if are_equal(raw, original.blocks(self.blocks, tensor_type)):
-                return None
+                is_finite = self.quantizer.ggml.is_finite(raw, tensor_type)
+                return None if is_finite else f"{self._where(rows)} holds NaN or infinite values"
             if self.exactness.every_type or self.exactness.tries_bytes:
                 return self._not_the_source(original, raw, tensor_type)
         stored = original.stored

@@ -12,7 +12,7 @@ import pytest
 import reap2gguf
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.bundle.manifest import Manifest
-from reap2gguf.errors import ArtifactError, UsageError
+from reap2gguf.errors import ArtifactError, CheckpointError, UsageError, VerificationError
 from reap2gguf.gguf_files.imatrix import load_imatrix
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.gguf_source import writing
@@ -295,6 +295,54 @@ def test_the_same_again(made: Path, sliced: Path, monkeypatch: pytest.MonkeyPatc
     result = run("plan", "Example-Q4_K_M.gguf", "--like", sliced / "reap2gguf.json")
     assert result.exit_code == 0, result.output
     assert f"{NAME}-Q4_K_M.gguf" in result.output
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["changed", "gone"])
+def test_a_file_that_is_not_as_it_was_is_sliced_again(
+    made: Path, tmp_path: Path, gone: bool
+) -> None:
+    built = options(made, tmp_path / "out")
+    first = reap2gguf.build(built)
+    (file,) = first.gguf_folder.glob("*.gguf")
+    expected = file.read_bytes()
+    manifest = Manifest.load(first.gguf_folder)
+    if gone:
+        file.unlink()
+    else:
+        file.write_bytes(expected[:-1] + bytes([expected[-1] ^ 1]))
+    again = reap2gguf.build(built)
+    assert file.read_bytes() == expected
+    assert Manifest.load(again.gguf_folder).gguf == manifest.gguf
+    source = made / "Example-Q4_K_M.gguf"
+    assert not reap2gguf.verify(again.gguf_folder, source=source).violations
+
+
+def with_nan(made: Path, folder: Path) -> Path:
+    """The source with NaN for the scale of a block of expert 3."""
+    source = made / "Example-Q4_K_M.gguf"
+    info = read_gguf_header(source).tensors["blk.1.ffn_gate_exps.weight"]
+    assert info.tensor_type.name == "Q4_K"
+    content = bytearray(source.read_bytes())
+    place = info.offset + 3 * info.shape[1] * info.row_bytes
+    content[place : place + 2] = b"\xff\x7e"  # begins a block: a float16
+    path = folder / "damaged-Q4_K_M.gguf"
+    path.write_bytes(content)
+    return path
+
+
+def test_blocks_with_nan_are_not_copied(made: Path, sliced: Path, tmp_path: Path) -> None:
+    source = with_nan(made, tmp_path)
+    kept = {layer: (0, 1, 2, 3, 4, 5, 6, 7) for layer in range(4)}
+    with pytest.raises(VerificationError) as caught:
+        reap2gguf.prune(source, None, tmp_path / "pruned.gguf", kept=kept)
+    (violation,) = caught.value.violations
+    assert f"expert 3 holds NaN or infinite values, which {source} holds too" in violation
+    assert not (tmp_path / "pruned.gguf").exists()
+    with pytest.raises(CheckpointError, match="holds NaN or infinite values"):
+        reap2gguf.quantize(source, "Q4_K_M", tmp_path / "same.gguf")
+    without = {layer: (0, 1, 2, 4, 5, 6, 7, 8) for layer in range(4)}
+    sound = reap2gguf.prune(source, None, tmp_path / "sound.gguf", kept=without).folder
+    assert not reap2gguf.verify(sound, source=source).violations
 
 
 def test_a_file_on_the_hub(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,19 @@ def test_the_original_of_a_model_pruned_twice() -> None:
     assert slice_to(given(4), unknown, "file").n_before == 4
 
 
+def test_the_pruned_file_that_is_read_is_not_replaced(built: Bundle, tmp_path: Path) -> None:
+    source = next(built.gguf.glob("*-BF16.gguf"))
+    kept = {layer: tuple(range(8)) for layer in range(4)}
+    pruned = reap2gguf.prune(source, None, tmp_path / "pruned.gguf", kept=kept).folder
+    before = pruned.read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="would replace the input"):
+            reap2gguf.slice_imatrix(
+                built.gguf / "imatrix.gguf", pruned, pruned, overwrite=overwrite
+            )
+    assert pruned.read_bytes() == before
+
+
 def test_what_cannot_be_cut_is_refused(built: Bundle, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holds no reap2gguf.json and no kept_experts.json"):
         reap2gguf.slice_imatrix(WHOLE, built.source)
