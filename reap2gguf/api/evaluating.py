@@ -152,7 +152,7 @@ def _open_bundle(
         opened.source(name)
     elif bundle.hf is None:
         raise UsageError(
-            f"{folder}: holds GGUF files alone; pass the model that they were made from as source"
+            f"{folder}: holds GGUF files alone; pass the model that they were made from as --source"
         )
     else:
         opened.progress.note(

@@ -128,6 +128,8 @@ class _Place:
         is_folder = bool(str(output)) and os.path.isdir(str(output))
         if has_labels and not is_folder:
             raise UsageError(f"{output}: names the file already; pass a folder, or no label")
+        if not is_folder and str(output).endswith(os.sep):
+            raise UsageError(f"output {output}: there is no such folder; create it first")
         return cls(Path(output) if is_folder else output_file(output), is_folder)
 
     def file(self, name: str, label: str) -> Path:

@@ -109,7 +109,9 @@ class Weighing:
         except UsageError:
             pass  # the model needs them
         else:
-            ways.append("name fewer experts with --keep-experts")
+            ways.append(
+                "fewer experts by --keep-experts, for a build in place of --compression auto"
+            )
         return (
             f"with {count} of {facts.n_experts} experts, the fewest that are weighed, "
             f"{refusal.found}; {either(ways)}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from gguf import Keys
 
 from reap2gguf.errors import ArtifactError, CheckpointError, Reap2ggufError, UsageError
-from reap2gguf.exporting.header_facts import pruning_values
+from reap2gguf.exporting.header_facts import COUNT_KEY, SOURCE_KEY, pruning_values
 from reap2gguf.gguf_files.part_names import parse_part_name
 from reap2gguf.gguf_files.split import read_whole_header
 from reap2gguf.gguf_source.checking import violations_in
@@ -95,6 +95,13 @@ def kept_in(header: GgufHeader, checkpoint: GgufCheckpoint) -> tuple[MoeModel, K
             "from a GGUF file by this program; leave out --source"
         )
     models = [checkpoint.decoded.model]
+    before, n_experts = header.metadata.get(COUNT_KEY), models[0].facts.n_experts
+    if before is not None and before != n_experts:
+        raise ArtifactError(
+            f"{path}: was made from {shown(header.metadata.get(SOURCE_KEY))}, of {shown(before)} "
+            f"experts per layer, and {checkpoint.gguf.path} has {n_experts}; pass the file that it "
+            "was made from as --source"
+        )
     if models[0].facts.has_mtp:
         models.append(type(models[0]).of(checkpoint, keep_mtp=False))
     for model in models:

@@ -283,6 +283,10 @@ def test_pruned_twice_says_what_it_has_of_the_original(source: Path, tmp_path: P
     assert keys["reap2gguf.original.expert_count"] == 6
     assert keys["reap2gguf.original.kept_experts"] == [0, 3, 5, 2, 3, 4]
     assert not reap2gguf.verify(twice, source=once).violations
+    again = reap2gguf.quantize(twice, "Q8_0", tmp_path / "q8.gguf").path
+    for file in (twice, again):
+        (violation,) = reap2gguf.verify(file, source=source).violations
+        assert "was made from 'once.gguf', of 4 experts per layer, and" in violation
 
 
 @pytest.mark.parametrize("after", [0, 3, 9])

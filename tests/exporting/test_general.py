@@ -311,6 +311,8 @@ def test_quantize_names_the_file_by_its_label(tmp_path: Path) -> None:
     assert found.path == tmp_path / "model-BF16_OWN.gguf"
     with pytest.raises(UsageError, match="names the file already; pass a folder, or no label"):
         reap2gguf.quantize(folder, "bf16", tmp_path / "x.gguf", labels={"bf16": "X"})
+    with pytest.raises(UsageError, match="there is no such folder; create it first"):
+        reap2gguf.quantize(folder, "bf16", f"{tmp_path}/new/")
 
 
 @pytest.mark.parametrize("way", ["REAP-0.25", "REAM-0.25", "HC-SMoE-0.125"])

@@ -120,7 +120,9 @@ def test_the_advice_suits_what_was_asked(made: Made, tmp_path: Path) -> None:
 
     weighed = refusal(compression="auto")
     assert "the fewest that are weighed" in weighed
-    assert weighed.endswith("B, or name fewer experts with --keep-experts")
+    assert weighed.endswith(
+        "B, or fewer experts by --keep-experts, for a build in place of --compression auto"
+    )
     assert "prune more" not in weighed
     assert refusal(compression=0).endswith("B, or prune more experts")
 
