@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 # closer where few are removed: the damage of pruning grows faster than their number
 SHARES = (1.0, 0.9375, 0.875, 0.8125, 0.75, 0.625, 0.5)
-SHARES_IN_WORDS = "all, 15/16, 7/8, 13/16, 3/4, 5/8 and half of them"
 
 
 def usual_counts(facts: ModelFacts) -> list[int]:

@@ -148,17 +148,23 @@ def llama_model(path: Path) -> Iterator[Any]:
         llama_cpp.llama_model_free(model)
 
 
+def through_layers(decoder: StreamedDecoder, n_layers: int, rows: torch.Tensor) -> torch.Tensor:
+    """What the layers make of rows of tokens (B, T): (B, T, H), before the last norm."""
+    decoder.load_embedding()
+    hidden = decoder.embed(rows)
+    for layer in range(n_layers):
+        decoder.load_layer(layer)
+        hidden = decoder.run_layer(layer, hidden)
+    return hidden
+
+
 def mtp_of_both(folder: Path, target: Path, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (T - 1, V) of the MTP block: llama.cpp's of the F32 file, and those computed here."""
     row = torch.tensor([tokens(vocab)])
     with Checkpoint.open(folder) as checkpoint:
         model = describe(checkpoint)
         decoder = StreamedDecoder(checkpoint, model, torch.float32, torch.device("cpu"))
-        decoder.load_embedding()
-        hidden = decoder.embed(row)
-        for layer in range(model.facts.n_layers):
-            decoder.load_layer(layer)
-            hidden = decoder.run_layer(layer, hidden)
+        hidden = through_layers(decoder, model.facts.n_layers, row)
         decoder.load_ends()
         decoder.load_layer(model.facts.n_layers)
         ours = decoder.mtp_logits(decoder.run_mtp(hidden, row))[0, :-1]

@@ -24,7 +24,15 @@ from reap2gguf.observing.decoder import StreamedDecoder
 from tests.exporting.files import export_files, plain
 from tests.families.gemma import GEMMA4, TEXT_ALONE, TinyGemma4
 from tests.models.layouts import stored_of
-from tests.models.oracles import loaded, mean_kl, of_llama_cpp, of_transformers, planned, tokens
+from tests.models.oracles import (
+    loaded,
+    mean_kl,
+    of_llama_cpp,
+    of_transformers,
+    planned,
+    through_layers,
+    tokens,
+)
 from tests.tiny import save_sharded
 
 
@@ -198,11 +206,7 @@ def test_streamed_layers_are_transformers(tiny: TinyGemma4, tmp_path: Path) -> N
     with Checkpoint.open(folder) as checkpoint:
         model = describe(checkpoint)
         decoder = StreamedDecoder(checkpoint, model, torch.float32, torch.device("cpu"))
-        decoder.load_embedding()
-        hidden = decoder.embed(row)
-        for layer in range(model.facts.n_layers):
-            decoder.load_layer(layer)
-            hidden = decoder.run_layer(layer, hidden)
+        hidden = through_layers(decoder, model.facts.n_layers, row)
         decoder.load_norm()
         found = decoder.final_norm(hidden)
         decoder.close()

@@ -23,6 +23,7 @@ from reap2gguf.observing.importance import ImportanceObserver
 from reap2gguf.observing.mtp import count_hits, next_tokens
 from reap2gguf.observing.saliency import SaliencyObserver
 from reap2gguf.observing.sweep import SweepReport
+from tests.models.oracles import through_layers
 from tests.observing.sweeps import rows_of, run_sweep
 from tests.tiny import TinyQwen35Moe
 
@@ -136,11 +137,7 @@ def test_the_block_is_transformers_modules_put_together(
     with Checkpoint.open(folder) as checkpoint:
         model = describe(checkpoint)
         decoder = StreamedDecoder(checkpoint, model, torch.float32, torch.device("cpu"))
-        decoder.load_embedding()
-        hidden = decoder.embed(tokens)
-        for layer in range(model.facts.n_layers):
-            decoder.load_layer(layer)
-            hidden = decoder.run_layer(layer, hidden)
+        hidden = through_layers(decoder, model.facts.n_layers, tokens)
         decoder.load_ends()
         decoder.load_layer(model.facts.n_layers)
         found = decoder.run_mtp(hidden, tokens)
